@@ -1,0 +1,20 @@
+"""fastlora: LoRA linears as fused Triton kernels, checked against an eager reference."""
+
+from fastlora import reference
+from fastlora._version import __version__
+from fastlora.adapter_io import load_adapter, save_adapter
+from fastlora.functional import explain, lora_linear
+from fastlora.injection import InjectionReport, inject
+from fastlora.modules import LoRALinear
+
+__all__ = [
+    "InjectionReport",
+    "LoRALinear",
+    "__version__",
+    "explain",
+    "inject",
+    "load_adapter",
+    "lora_linear",
+    "reference",
+    "save_adapter",
+]

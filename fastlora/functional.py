@@ -1,0 +1,191 @@
+"""The public functions: documentation, validation, dispatch; nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlora import reference
+from fastlora.dispatch import Decision, decide_for
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``y = x W0^T + bias + scaling * dropout(x) A^T B^T``, in one fused pass where kernels run.
+
+    Follows LoRA (Hu et al., 2021, arXiv 2106.09685) and the forward of PEFT's ``lora.Linear``: dropout is
+    on the LoRA branch alone. Gradients come for whatever needs one, in each tensor's own dtype. Dropout
+    draws its seed from torch's generator of x's device, so ``torch.manual_seed`` and activation
+    checkpointing replay it; ``dropout_p`` is rounded to a multiple of 2**-16. Where the kernels cannot
+    run, `fastlora.reference.lora_linear` does, with the same mask; `fastlora.explain` says why.
+
+    Args:
+        x (Tensor): ``(..., K)``, bf16, fp16 or fp32 for the kernels; any float dtype eagerly.
+        weight (Tensor): ``[N, K]``, the frozen weight, in the dtype of x (or cast to it by autocast).
+        lora_A (Tensor): ``[R, K]``, in the dtype of x or fp32; products run in the dtype of x.
+        lora_B (Tensor): ``[N, R]``, likewise.
+        bias (Tensor | None): ``[N]``. Default: ``None``.
+        scaling (float | Tensor): ``lora_alpha / r``; a 0-dim tensor is read on the device, without a
+            sync, and gets no gradient. Default: 1.0.
+        dropout_p (float): probability of dropping an element of x, from 0 to 1. Default: 0.0.
+        training (bool): whether dropout is active. Default: ``True``.
+
+    Returns:
+        Tensor: ``(..., N)`` in the dtype of x.
+
+    Raises:
+        TypeError: an argument is not a float tensor (or number), or its dtype does not go with x's.
+        ValueError: shapes or devices do not fit, the rank is 0, or ``dropout_p`` is outside [0, 1].
+
+    Example:
+        >>> import torch, fastlora
+        >>> x, weight = torch.randn(2, 5, 64), torch.randn(32, 64)
+        >>> lora_A, lora_B = torch.randn(8, 64), torch.randn(32, 8)
+        >>> fastlora.lora_linear(x, weight, lora_A, lora_B, scaling=2.0, dropout_p=0.1).shape
+        torch.Size([2, 5, 32])
+    """
+    dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    dropout_p = dropout_p if training else 0.0
+    x, weight, bias = _autocast(x, weight, bias)
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
+    seed = reference.draw_seed(x.device) if dropout_p > 0 else None
+    if not decide_for(x, weight, lora_A, lora_B).fused:
+        return reference.lora_linear(
+            x, weight, lora_A, lora_B,
+            bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
+        )  # fmt: skip
+
+    from fastlora.autograd import LoRALinearFunction, LoRASpec  # needs Triton
+
+    if isinstance(scaling, Tensor) and scaling.device != x.device:
+        scaling = float(scaling)  # a CPU scalar: reading it syncs nothing
+    tensor_scaling = scaling.detach() if isinstance(scaling, Tensor) else None
+    spec = LoRASpec(1.0 if isinstance(scaling, Tensor) else float(scaling), dropout_p)
+    y = LoRALinearFunction.apply(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        None if bias is None else bias.contiguous(),
+        lora_A,
+        lora_B,
+        seed,
+        tensor_scaling,
+        spec,
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Decision:
+    """Which path `lora_linear` takes for these arguments, and why.
+
+    Args:
+        x (Tensor): ``(..., K)``.
+        weight (Tensor): ``[N, K]``.
+        lora_A (Tensor): ``[R, K]``.
+        lora_B (Tensor): ``[N, R]``.
+        bias (Tensor | None): ``[N]``. Default: ``None``.
+        dropout_p (float): from 0 to 1. Default: 0.0.
+
+    Returns:
+        Decision: ``path`` is ``"fused"`` or ``"eager"``, ``reason`` says why.
+
+    Raises:
+        TypeError: as `lora_linear`.
+        ValueError: as `lora_linear`.
+
+    Example:
+        >>> import torch, fastlora
+        >>> t = torch.randn
+        >>> fastlora.explain(t(4, 64), t(32, 64), t(8, 64), t(32, 8)).path
+        'eager'
+    """
+    _validate(x, weight, lora_A, lora_B, bias, 1.0, dropout_p)
+    x, weight, _ = _autocast(x, weight, bias)
+    return decide_for(x, weight, lora_A, lora_B)
+
+
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast x, weight and bias as autocast casts the arguments of a linear; adapters stay as they are."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _validate(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+) -> float:
+    """Raise for arguments that do not fit together; return ``dropout_p`` as a float."""
+    named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is not None:
+        named["bias"] = bias
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must have a floating-point dtype, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+    if x.dim() == 0:
+        raise ValueError("x must be (..., in_features), got a 0-dim tensor")
+    for name in ("weight", "lora_A", "lora_B"):
+        if named[name].dim() != 2:
+            raise ValueError(f"{name} must be 2-D, got shape {tuple(named[name].shape)}")
+    K, (N, R) = x.shape[-1], (weight.shape[0], lora_A.shape[0])
+    expected = {
+        "weight": ("(out_features, in_features)", (N, K)),
+        "lora_A": ("(r, in_features)", (R, K)),
+        "lora_B": ("(out_features, r)", (N, R)),
+        "bias": ("(out_features,)", (N,)),
+    }
+    for name, (words, shape) in expected.items():
+        if name in named and tuple(named[name].shape) != shape:
+            got = tuple(named[name].shape)
+            raise ValueError(f"{name} must be {words}={shape}, got {got}")
+    if R == 0:
+        raise ValueError("lora_A must have a rank of at least 1, got shape (0, in_features)")
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0 or not scaling.is_floating_point():
+            raise ValueError(
+                "scaling must be a float or a 0-dim float tensor, got "
+                f"{scaling.dtype} of shape {tuple(scaling.shape)}"
+            )
+        if scaling.requires_grad:
+            raise ValueError("scaling must not require grad: it gets no gradient")
+        if scaling.device not in (x.device, torch.device("cpu")):
+            raise ValueError(f"scaling must be on {x.device} or the CPU, got {scaling.device}")
+    elif not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a float or a Tensor, got {type(scaling).__name__}")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    if math.isnan(dropout_p) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    return float(dropout_p)

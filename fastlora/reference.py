@@ -1,0 +1,110 @@
+"""The eager twin of every op: specification, oracle of the tests, fallback and baseline.
+
+Everything here is plain PyTorch and differentiable by autograd. Arithmetic is fp32 inside (fp64 for
+fp64 inputs) and rounded once, to the dtype of ``x``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlora.kernels.config import PHILOX_ROUNDS, dropout_threshold, keep_scale
+
+_MASK_32 = 0xFFFFFFFF
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """Draw a 0-dim int64 seed from torch's generator of ``device``, without a device sync.
+
+    Drawing it inside forward is what lets activation checkpointing replay the mask, and a captured CUDA
+    graph draw a fresh one at every replay.
+    """
+    return torch.empty((), dtype=torch.int64, device=device).random_()
+
+
+def _philox_4x32(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 (Salmon et al., 2011) of counters ``(c0, c1, 0, 0)``, in int64 arithmetic."""
+    k0, k1 = seed & _MASK_32, (seed >> 32) & _MASK_32
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    for _ in range(PHILOX_ROUNDS):
+        # The products wrap around modulo 2**64, which leaves all of their 64 bits right.
+        prod_a, prod_b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0 = ((prod_b >> 32) & _MASK_32) ^ c1 ^ k0
+        c2 = ((prod_a >> 32) & _MASK_32) ^ c3 ^ k1
+        c1, c3 = prod_b & _MASK_32, prod_a & _MASK_32
+        k0, k1 = (k0 + _KEY_A) & _MASK_32, (k1 + _KEY_B) & _MASK_32
+    return c0, c1, c2, c3
+
+
+def dropout_keep_mask(
+    seed: Tensor | int, M: int, K: int, p: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The boolean keep mask ``[M, K]`` that the kernels draw for ``seed``.
+
+    Element ``(m, k)`` owns 16 bits of the Philox block whose counter is ``(k // 8, m)``: lane ``k % 8``,
+    low half of word 0 first. It depends on nothing else, so any tiling and the backward agree.
+
+    Args:
+        seed (Tensor | int): 64-bit seed, as `draw_seed` gives it.
+        M (int): rows of x, its leading dimensions flattened.
+        K (int): in_features.
+        p (float): probability of dropping an element, rounded to a multiple of 2**-16.
+        device (torch.device | str): where the mask is made. Default: ``"cpu"``.
+
+    Returns:
+        Tensor: bool ``[M, K]``, True where the element is kept.
+    """
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    groups = torch.arange((K + 7) // 8, device=device).expand(M, -1)
+    rows = torch.arange(M, device=device)[:, None].expand_as(groups)
+    words = torch.stack(_philox_4x32(seed, groups, rows), dim=-1)  # [M, K/8, 4]
+    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [M, K/8, 4, 2]
+    return draws.reshape(M, -1)[:, :K] >= dropout_threshold(p)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """``y = x W0^T + bias + scaling * dropout(x) A^T B^T``, eagerly: the twin of `fastlora.lora_linear`.
+
+    Args:
+        x (Tensor): ``(..., K)``.
+        weight (Tensor): ``[N, K]``.
+        lora_A (Tensor): ``[R, K]``.
+        lora_B (Tensor): ``[N, R]``.
+        bias (Tensor | None): ``[N]``. Default: ``None``.
+        scaling (float | Tensor): factor of the LoRA branch. Default: 1.0.
+        dropout_p (float): dropout on x, LoRA branch only. Default: 0.0.
+        training (bool): whether dropout is active. Default: ``True``.
+        seed (Tensor | int | None): seed of the mask; drawn from torch's generator when ``None``.
+
+    Returns:
+        Tensor: ``(..., N)`` in the dtype of ``x``.
+    """
+    N, K = weight.shape
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        x_c = x.reshape(-1, K).to(compute)
+        dropped = x_c
+        if training and dropout_p > 0:
+            seed = draw_seed(x.device) if seed is None else seed
+            keep = dropout_keep_mask(seed, x_c.shape[0], K, dropout_p, x.device)
+            # where, not a product: a NaN or Inf that is dropped must not come back as NaN.
+            dropped = torch.where(keep, x_c * keep_scale(dropout_p), 0.0)
+        s = scaling * (dropped @ lora_A.to(compute).t())
+        y = x_c @ weight.to(compute).t() + s @ lora_B.to(compute).t()
+        if bias is not None:
+            y = y + bias.to(compute)
+    return y.to(x.dtype).reshape(*x.shape[:-1], N)

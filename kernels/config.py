@@ -1,0 +1,127 @@
+"""Launch decisions: pure functions of shape, dtype and architecture. No tensors, no Triton.
+
+Figures are from one H100 (triton 3.6.0, torch 2.11+cu130, bf16); an architecture with no row of its own
+gets the pointer rows, whose shared memory fits every GPU since sm_80.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PHILOX_ROUNDS = 10
+"""Rounds of Philox-4x32, for the kernels and for the reference."""
+
+DROPOUT_LEVELS = 1 << 16
+"""Dropout spends 16 random bits on an element, so ``p`` is rounded to a multiple of 2**-16."""
+
+MAX_RANK = 256
+
+
+def dropout_threshold(p: float) -> int:
+    """How many of the 65536 levels are dropped: an element is kept iff its draw reaches this."""
+    return round(p * DROPOUT_LEVELS)
+
+
+def keep_scale(p: float) -> float:
+    """The factor ``1 / (1 - p)`` of the kept elements, for the ``p`` that is really used.
+
+    It is taken from the rounded probability, so that dropout keeps the mean exactly; 0 for ``p = 1``.
+    """
+    kept = DROPOUT_LEVELS - dropout_threshold(p)
+    return DROPOUT_LEVELS / kept if kept else 0.0
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and launch options of one kernel."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+
+
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)``."""
+    return -(-a // b)
+
+
+def rank_block(R: int) -> int:
+    """The power of two, 16 at least as `tl.dot` needs, that holds a rank."""
+    return max(16, 1 << (R - 1).bit_length())
+
+
+def rank_step(R: int) -> int:
+    """Ranks taken by one step of the rank product inside a GEMM: its tiles must fit beside the ring."""
+    return min(64, rank_block(R))
+
+
+def gemm_tma_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchConfig:
+    """Tiles of the persistent TMA GEMMs with an ``[M, N]`` output (sm_90 and later).
+
+    128x256 is level with cuBLAS where its tiles fill the GPU at least once (31 of 40 shapes measured);
+    with fewer tiles than SMs, 128x128 loses less to idle SMs.
+    """
+    block_k = 128 // itemsize  # 128 bytes: one swizzle atom of shared memory
+    if cdiv(M, 128) * cdiv(N, 256) >= num_sms:
+        return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=3)
+    return LaunchConfig(128, 128, block_k, num_warps=8, num_stages=4)
+
+
+def gemm_pointer_config(itemsize: int, precision: str) -> LaunchConfig:
+    """Tiles of the pointer GEMMs: sm_80 and later, any strides."""
+    if precision == "ieee" and itemsize == 4:
+        return LaunchConfig(64, 64, 16, num_warps=4, num_stages=3)
+    if itemsize == 4:
+        return LaunchConfig(128, 64, 32, num_warps=4, num_stages=3)
+    return LaunchConfig(128, 128, 32, num_warps=8, num_stages=4)
+
+
+def shrink_config(itemsize: int, R: int) -> LaunchConfig:
+    """Rows by columns of x that one step of `lora_shrink` reads: ``BLOCK_M`` x ``BLOCK_K``.
+
+    ``BLOCK_M`` stays at 32 so that the product runs on `mma.sync`: with 64 rows and more it would be a
+    `wgmma` whose left operand, x after dropout, comes from registers, which ptxas before 13.3 can
+    miscompile inside a pipelined loop (triton#9433).
+    """
+    block_k = 128 if itemsize == 2 and R <= 128 else 64 if R <= 128 else 32
+    return LaunchConfig(32, 16, block_k, num_warps=4, num_stages=4 if R <= 64 else 3)
+
+
+@dataclass(frozen=True)
+class ReduceConfig:
+    """A pass over ``[M, C]`` that sums over rows: ``row_splits`` programs share a block of columns."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    row_splits: int
+    num_warps: int
+    num_stages: int
+
+
+def _row_splits(M: int, C: int, block_m: int, block_c: int, num_sms: int, per_sm: int) -> int:
+    """As many row splits as fill the GPU ``per_sm`` deep, no more than there are row blocks."""
+    return max(1, min(cdiv(M, block_m), num_sms * per_sm // cdiv(C, block_c)))
+
+
+def grad_b_config(M: int, N: int, R: int, itemsize: int, num_sms: int) -> ReduceConfig | None:
+    """Config of the pass that makes ds and dB from one read of dy, or ``None`` for two passes.
+
+    It writes fp32 partial sums of ds, ``4 R / (BLOCK_C itemsize)`` of dy's own bytes: cheap for small
+    ranks, dearer than reading dy twice above rank 32.
+    """
+    if R > 32:
+        return None
+    block_m, block_c = 64, 256 if itemsize == 2 else 64
+    splits = _row_splits(M, N, block_m, block_c, num_sms, per_sm=1)
+    return ReduceConfig(block_m, block_c, splits, num_warps=8, num_stages=4)
+
+
+def grad_a_config(M: int, K: int, R: int, itemsize: int, num_sms: int) -> ReduceConfig:
+    """Config of ``dA = ds^T dropout(x)``, and of dB where it has a pass of its own."""
+    block_c = 128 if R <= 64 else 64
+    block_m = 64 if itemsize == 2 else 32
+    splits = _row_splits(M, K, block_m, block_c, num_sms, per_sm=2)
+    return ReduceConfig(block_m, block_c, splits, num_warps=4, num_stages=3)

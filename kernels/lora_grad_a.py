@@ -1,0 +1,86 @@
+"""``dA = ds^T dropout(x)``: one read of x, the mask from its packed bits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import device_properties, dot, dot_precision
+from .config import cdiv, grad_a_config, rank_block
+from .dropout import load_keep
+from .reduce import sum_splits
+
+
+@triton.jit
+def _lora_grad_a_kernel(
+    x_ptr, ds_ptr, mask_ptr, parts_ptr,
+    M, K, R, rows_per_split, stride_xm, stride_xk,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``parts[split, r, k] = sum_m ds[m, r] keep[m, k] x[m, k]`` over the rows of a split.
+
+    Grid: ``(cdiv(K, BLOCK_C), splits)``. The masked operand is the right one: a wgmma reads it from
+    shared memory, so the register-operand hazard of ptxas (triton#9433) does not arise.
+    """
+    start_k = tl.program_id(0) * BLOCK_C
+    offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_C)
+    offs_r = tl.arange(0, BLOCK_R)
+    first = tl.program_id(1).to(tl.int64) * rows_per_split
+    last = min(first + rows_per_split, M)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for m in range(first, last, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        x = tl.load(
+            x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
+            mask=(offs_m[:, None] < last) & (offs_k[None, :] < K),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_C]
+        ds = tl.load(
+            ds_ptr + offs_m[None, :] * R + offs_r[:, None],
+            mask=(offs_m[None, :] < last) & (offs_r[:, None] < R),
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_M]
+        if HAS_DROPOUT:
+            keep = load_keep(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C)
+            x = tl.where(keep, x, 0.0)
+        acc = dot(ds, x, acc, PRECISION)  # [BLOCK_R, BLOCK_C]
+    part = parts_ptr + tl.program_id(1).to(tl.int64) * R * K
+    tl.store(
+        part + offs_r[:, None].to(tl.int64) * K + offs_k[None, :],
+        acc.to(parts_ptr.dtype.element_ty),
+        mask=(offs_r[:, None] < R) & (offs_k[None, :] < K),
+    )
+
+
+def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``dA = ds^T (mask * x)``; with ``x=dy, ds=s`` it is dB transposed.
+
+    Args:
+        x (Tensor): ``[M, K]``, any strides.
+        ds (Tensor): ``[M, R]`` contiguous, in the dtype of x, with scaling and 1 / (1 - p) in it.
+        mask (Tensor | None): packed keep mask of `lora_shrink`, or ``None``.
+        dtype (torch.dtype): dtype of the result.
+
+    Returns:
+        Tensor: ``[R, K]``, contiguous. Sums go in a fixed order: bit-identical from run to run.
+    """
+    (M, K), R = x.shape, ds.shape[1]
+    c = grad_a_config(M, K, R, x.element_size(), device_properties(x.device)[1])
+    rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
+    splits = cdiv(M, rows_per_split)
+    out = torch.empty((R, K), dtype=dtype, device=x.device)
+    parts = (
+        out if splits == 1 else torch.empty((splits, R, K), dtype=torch.float32, device=x.device)
+    )
+    _lora_grad_a_kernel[(cdiv(K, c.BLOCK_C), splits)](
+        x, ds, mask, parts, M, K, R, rows_per_split, x.stride(0), x.stride(1),
+        HAS_DROPOUT=mask is not None, PRECISION=dot_precision(x.dtype),
+        BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        sum_splits(parts, out)
+    return out

@@ -1,0 +1,157 @@
+"""``dx = mask * (ds A) + dy W0``: the frozen GEMM of the backward, LoRA's share in its accumulator."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .common import device_properties, dot, dot_precision, fits_tma, has_tma, tile_of
+from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
+from .dropout import load_keep
+
+
+@triton.jit
+def _rank_product(
+    ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_ar, stride_ak,
+    DTYPE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``mask * (ds A)`` for one tile of dx: the accumulator that ``dy W0`` is then added to.
+
+    It comes before the GEMM because the mask must not touch ``dy W0``, and a second accumulator would
+    not fit in registers. ds carries scaling and 1 / (1 - p) already.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_N)
+    for step in tl.static_range(STEPS_R):
+        offs_r = step * BLOCK_R + tl.arange(0, BLOCK_R)
+        ds = tl.load(
+            ds_ptr + offs_m[:, None] * R + offs_r[None, :],
+            mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_R]
+        a = tl.load(
+            a_ptr + offs_r[:, None].to(tl.int64) * stride_ar + offs_k[None, :] * stride_ak,
+            mask=(offs_r[:, None] < R) & (offs_k[None, :] < K),
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_N]
+        acc = dot(ds, a.to(DTYPE), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if HAS_DROPOUT:
+        acc = tl.where(load_keep(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_N), acc, 0.0)
+    return acc
+
+
+@triton.jit
+def _lora_grad_x_tma_kernel(
+    dy_desc, w_desc, dx_desc, ds_ptr, a_ptr, mask_ptr,
+    M, N, K, R, stride_ar, stride_ak,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEPS_R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """``dx = mask * (ds A) + dy W`` by TMA. Grid: persistent, one program an SM.
+
+    Tiles are BLOCK_M x BLOCK_N of dx ``[M, K]``; the sum over N goes in steps of BLOCK_K.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        start_m, start_k = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = _rank_product(
+            ds_ptr, a_ptr, mask_ptr, start_m.to(tl.int64) + tl.arange(0, BLOCK_M), start_k,
+            M, K, R, stride_ar, stride_ak,
+            dx_desc.dtype, HAS_DROPOUT, PRECISION, STEPS_R, BLOCK_R, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        for n in range(0, tl.cdiv(N, BLOCK_K)):
+            dy = dy_desc.load([start_m, n * BLOCK_K])  # [BLOCK_M, BLOCK_K]
+            w = w_desc.load([n * BLOCK_K, start_k])  # [BLOCK_K, BLOCK_N]
+            acc = dot(dy, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+        dx_desc.store([start_m, start_k], acc.to(dx_desc.dtype))
+
+
+@triton.jit
+def _lora_grad_x_pointer_kernel(
+    dy_ptr, w_ptr, dx_ptr, ds_ptr, a_ptr, mask_ptr,
+    M, N, K, R, stride_dym, stride_dyn, stride_wn, stride_wk, stride_ar, stride_ak,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEPS_R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """``dx = mask * (ds A) + dy W`` for any strides. Grid: one program a tile of dx."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    start_k = tile_n * BLOCK_N
+    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_N)
+    offs_n = tl.arange(0, BLOCK_K).to(tl.int64)
+    acc = _rank_product(
+        ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_ar, stride_ak,
+        dx_ptr.dtype.element_ty, HAS_DROPOUT, PRECISION, STEPS_R, BLOCK_R, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    for n in range(0, N, BLOCK_K):
+        dy = tl.load(
+            dy_ptr + offs_m[:, None] * stride_dym + (n + offs_n)[None, :] * stride_dyn,
+            mask=(offs_m[:, None] < M) & (n + offs_n[None, :] < N),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_K]
+        w = tl.load(
+            w_ptr + (n + offs_n)[:, None] * stride_wn + offs_k[None, :] * stride_wk,
+            mask=(n + offs_n[:, None] < N) & (offs_k[None, :] < K),
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_N]
+        acc = dot(dy, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    tl.store(
+        dx_ptr + offs_m[:, None] * K + offs_k[None, :],
+        acc.to(dx_ptr.dtype.element_ty),
+        mask=(offs_m[:, None] < M) & (offs_k[None, :] < K),
+    )
+
+
+def lora_grad_x(
+    dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """``dx = mask * (ds A) + dy W0`` in the dtype of dy, contiguous.
+
+    Args:
+        dy (Tensor): ``[M, N]``, any strides.
+        weight (Tensor): ``[N, K]`` in the dtype of dy, any strides.
+        ds (Tensor): ``[M, R]`` contiguous, with scaling and 1 / (1 - p) in it, as `lora_grad_b` gives it.
+        lora_A (Tensor): ``[R, K]``, any strides, cast to the dtype of dy for the product.
+        mask (Tensor | None): packed keep mask of `lora_shrink`. Default: ``None``, all kept.
+
+    Returns:
+        Tensor: ``[M, K]``.
+    """
+    (M, N), (R, K) = dy.shape, lora_A.shape
+    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
+    precision = dot_precision(dy.dtype)
+    major, num_sms = device_properties(dy.device)
+    flags = {
+        "HAS_DROPOUT": mask is not None,
+        "PRECISION": precision,
+        "STEPS_R": cdiv(R, rank_step(R)),
+        "BLOCK_R": rank_step(R),
+    }
+    if has_tma(major) and precision == "tf32" and fits_tma(dy, weight, dx):
+        c = gemm_tma_config(M, K, dy.element_size(), num_sms)
+        _lora_grad_x_tma_kernel[(min(num_sms, cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)),)](
+            TensorDescriptor.from_tensor(dy, [c.BLOCK_M, c.BLOCK_K]),
+            TensorDescriptor.from_tensor(weight, [c.BLOCK_K, c.BLOCK_N]),
+            TensorDescriptor.from_tensor(dx, [c.BLOCK_M, c.BLOCK_N]),
+            ds, lora_A, mask, M, N, K, R, lora_A.stride(0), lora_A.stride(1),
+            BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
+            num_warps=c.num_warps, num_stages=c.num_stages, **flags,
+        )  # fmt: skip
+        return dx
+    c = gemm_pointer_config(dy.element_size(), precision)
+    _lora_grad_x_pointer_kernel[(cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N),)](
+        dy, weight, dx, ds, lora_A, mask, M, N, K, R,
+        dy.stride(0), dy.stride(1), weight.stride(0), weight.stride(1),
+        lora_A.stride(0), lora_A.stride(1),
+        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
+        num_warps=c.num_warps, num_stages=c.num_stages, **flags,
+    )  # fmt: skip
+    return dx

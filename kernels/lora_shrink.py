@@ -1,0 +1,132 @@
+"""``s = scaling * dropout(x) A^T``: one read of x, the mask drawn in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import dot, dot_precision, load_scaling
+from .config import cdiv, dropout_threshold, keep_scale, rank_block, shrink_config
+from .dropout import keep_bits, unpack_bits
+
+
+@triton.jit
+def _lora_shrink_kernel(
+    x_ptr,
+    a_ptr,
+    s_ptr,
+    mask_ptr,
+    scaling,
+    seed_ptr,
+    threshold,
+    keep_scale,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    SCALING_IS_TENSOR: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``s[m, r] = scaling * keep_scale * sum_k keep[m, k] x[m, k] A[r, k]``.
+
+    Grid: ``cdiv(M, BLOCK_M)``; a program takes its rows over all of K and writes their keep bits too.
+    """
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_g = tl.arange(0, BLOCK_K // 8)
+    row_bytes = (K + 7) // 8
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(
+            x_ptr + offs_m[:, None] * stride_xm + (k + offs_k)[None, :] * stride_xk,
+            mask=(offs_m[:, None] < M) & (k + offs_k[None, :] < K),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_K]
+        a = tl.load(
+            a_ptr + offs_r[None, :] * stride_ar + (k + offs_k)[:, None] * stride_ak,
+            mask=(offs_r[None, :] < R) & (k + offs_k[:, None] < K),
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_R]
+        if HAS_DROPOUT:
+            groups = k // 8 + offs_g
+            bits = keep_bits(seed, offs_m[:, None], groups[None, :], threshold)
+            tl.store(
+                mask_ptr + offs_m[:, None] * row_bytes + groups[None, :],
+                bits.to(tl.uint8),
+                mask=(offs_m[:, None] < M) & (groups[None, :] < row_bytes),
+            )
+            x = tl.where(unpack_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
+        acc = dot(x, a.to(x.dtype), acc, PRECISION)  # [BLOCK_M, BLOCK_R]
+    acc *= load_scaling(scaling, SCALING_IS_TENSOR) * keep_scale
+    tl.store(
+        s_ptr + offs_m[:, None] * R + offs_r[None, :],
+        acc.to(s_ptr.dtype.element_ty),
+        mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
+    )
+
+
+def lora_shrink(
+    x: Tensor,
+    lora_A: Tensor,
+    scaling: float | Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """``s = factor * scaling * dropout(x) A^T``, and the packed keep mask.
+
+    Args:
+        x (Tensor): ``[M, K]``, any strides.
+        lora_A (Tensor): ``[R, K]``, any strides, cast to the dtype of x for the product.
+        scaling (float | Tensor): a float, or a 0-dim tensor on x's device.
+        dropout_p (float): probability of dropping an element of x. Default: 0.0.
+        seed (Tensor | None): 0-dim int64 on x's device; needed when ``dropout_p > 0``.
+        factor (float): one more factor, applied in fp32. Default: 1.0.
+
+    Returns:
+        tuple: s ``[M, R]`` in the dtype of x, and the mask uint8 ``[M, ceil(K / 8)]`` (bit ``k % 8`` of
+        byte ``k // 8`` is 1 where kept) or ``None`` without dropout.
+    """
+    (M, K), R = x.shape, lora_A.shape[0]
+    config = shrink_config(x.element_size(), R)
+    has_dropout = dropout_p > 0
+    s = torch.empty((M, R), dtype=x.dtype, device=x.device)
+    mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
+    _lora_shrink_kernel[(cdiv(M, config.BLOCK_M),)](
+        x,
+        lora_A,
+        s,
+        mask,
+        scaling,
+        seed,
+        dropout_threshold(dropout_p),
+        keep_scale(dropout_p) * factor,
+        M,
+        K,
+        R,
+        x.stride(0),
+        x.stride(1),
+        lora_A.stride(0),
+        lora_A.stride(1),
+        SCALING_IS_TENSOR=isinstance(scaling, Tensor),
+        HAS_DROPOUT=has_dropout,
+        PRECISION=dot_precision(x.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_K=config.BLOCK_K,
+        BLOCK_R=rank_block(R),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return s, mask

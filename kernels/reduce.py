@@ -1,0 +1,42 @@
+"""The last step of the split reductions: sum fp32 partials in a fixed order, so runs are bit-identical."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import load_scaling
+from .config import cdiv
+
+
+@triton.jit
+def _sum_splits_kernel(
+    parts_ptr, out_ptr, scaling, factor, size, splits,
+    SCALING_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out[i] = scaling * factor * sum_j parts[j, i]``. Grid: ``cdiv(size, BLOCK)``."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for j in range(0, splits):
+        acc += tl.load(parts_ptr + j * size.to(tl.int64) + offs, mask=offs < size, other=0.0)
+    acc *= load_scaling(scaling, SCALING_IS_TENSOR) * factor
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
+
+
+def sum_splits(
+    parts: Tensor, out: Tensor, scaling: float | Tensor = 1.0, factor: float = 1.0
+) -> None:
+    """``out = scaling * factor * parts.sum(0)``, in fp32, rounded once.
+
+    Args:
+        parts (Tensor): fp32 ``[splits, *out.shape]``, contiguous.
+        out (Tensor): contiguous, written in its own dtype.
+        scaling (float | Tensor): a float, or a 0-dim tensor on the device. Default: 1.0.
+        factor (float): one more factor. Default: 1.0.
+    """
+    size, block = out.numel(), 256
+    _sum_splits_kernel[(cdiv(size, block),)](
+        parts, out, scaling, float(factor), size, parts.shape[0],
+        SCALING_IS_TENSOR=isinstance(scaling, Tensor), BLOCK=block, num_warps=4,
+    )  # fmt: skip
