@@ -42,7 +42,7 @@ class LoRALinearFunction(torch.autograd.Function):
         scaling: Tensor | None,
         spec: LoRASpec,
     ) -> Tensor:
-        """x ``[M, K]``, weight ``[N, K]``, lora_A ``[R, K]``, lora_B ``[N, R]`` -> y ``[M, N]``."""
+        """Take x ``[M, K]``, weight ``[N, K]``, lora_A ``[R, K]``, lora_B ``[N, R]``; give y ``[M, N]``."""
         factor = spec.scaling if scaling is None else scaling
         s, mask = lora_shrink(x, lora_A, factor, spec.dropout_p, seed)
         y = lora_forward(x, weight, s, lora_B, bias)
@@ -57,8 +57,8 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """dy ``[M, N]`` -> gradients of what needs one, in its own dtype."""
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
         x, weight, lora_A, lora_B, s, mask, scaling = ctx.saved_tensors
         spec: LoRASpec = ctx.spec
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]

@@ -73,7 +73,7 @@ def lora_linear(
         scaling = float(scaling)  # a CPU scalar: reading it syncs nothing
     tensor_scaling = scaling.detach() if isinstance(scaling, Tensor) else None
     spec = LoRASpec(1.0 if isinstance(scaling, Tensor) else float(scaling), dropout_p)
-    y = LoRALinearFunction.apply(
+    y = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, x.shape[-1]),
         weight,
         None if bias is None else bias.contiguous(),

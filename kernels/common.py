@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs  # since 3.4: with an older one dispatch sees an ImportError
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1) rather than on a GPU."""
 
 _UPCAST = tl.constexpr(INTERPRETED)
@@ -31,6 +32,20 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     first_m = (tile // per_group) * GROUP_M
     group = min(tiles_m - first_m, GROUP_M)
     return first_m + (tile % per_group) % group, (tile % per_group) // group
+
+
+@triton.jit
+def store_tile(
+    desc, acc, start_m, start_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """Store a tile by TMA, whole or in two halves: halves need half the shared memory."""
+    if SUBTILES == 2:
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        desc.store([start_m, start_n], left.to(desc.dtype))  # [BLOCK_M, BLOCK_N/2]
+        desc.store([start_m, start_n + BLOCK_N // 2], right.to(desc.dtype))
+    else:
+        desc.store([start_m, start_n], acc.to(desc.dtype))  # [BLOCK_M, BLOCK_N]
 
 
 @triton.jit

@@ -41,6 +41,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     GROUP_M: int = 8
+    SUBTILES: int = 1
 
 
 def cdiv(a: int, b: int) -> int:
@@ -58,7 +59,7 @@ def rank_step(R: int) -> int:
     return min(64, rank_block(R))
 
 
-def gemm_tma_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchConfig:
+def gemm_tma_config(M: int, N: int, R: int, itemsize: int, num_sms: int) -> LaunchConfig:
     """Tiles of the persistent TMA GEMMs with an ``[M, N]`` output (sm_90 and later).
 
     128x256 is level with cuBLAS where its tiles fill the GPU at least once (31 of 40 shapes measured);
@@ -66,8 +67,10 @@ def gemm_tma_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchConfig
     """
     block_k = 128 // itemsize  # 128 bytes: one swizzle atom of shared memory
     if cdiv(M, 128) * cdiv(N, 256) >= num_sms:
-        return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=3)
-    return LaunchConfig(128, 128, block_k, num_warps=8, num_stages=4)
+        # Beside a ring of 3 x 48 KB there is room for a whole y tile (64 KB) at rank 16 only.
+        subtiles = 1 if rank_block(R) == 16 and itemsize == 2 else 2
+        return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=3, SUBTILES=subtiles)
+    return LaunchConfig(128, 128, block_k, num_warps=8, num_stages=3, SUBTILES=2)
 
 
 def gemm_pointer_config(itemsize: int, precision: str) -> LaunchConfig:

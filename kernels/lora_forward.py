@@ -8,18 +8,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import device_properties, dot, dot_precision, fits_tma, has_tma, tile_of
+from .common import device_properties, dot, dot_precision, fits_tma, has_tma, store_tile, tile_of
 from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
 
 
 @triton.jit
 def _add_rank_product(
     acc, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_bn, stride_br,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STEPS_R: tl.constexpr, BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``acc + s B^T`` for one output tile; s is contiguous ``[M, R]``."""
-    for step in tl.static_range(STEPS_R):
-        offs_r = step * BLOCK_R + tl.arange(0, BLOCK_R)
+    for r in tl.range(0, R_STEPS * BLOCK_R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
         s = tl.load(
             s_ptr + offs_m[:, None] * R + offs_r[None, :],
             mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
@@ -46,7 +46,7 @@ def _lora_forward_tma_kernel(
     M, N, K, R, stride_bn, stride_br,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS_R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``y = x W^T + s B^T + bias`` by TMA loads and stores. Grid: persistent, one program an SM."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -62,11 +62,11 @@ def _lora_forward_tma_kernel(
         offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
         acc = _add_rank_product(
             acc, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_bn, stride_br,
-            y_desc.dtype, PRECISION, STEPS_R, BLOCK_R,
+            y_desc.dtype, PRECISION, R_STEPS, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
             acc = _add_bias(acc, bias_ptr, offs_n, N)
-        y_desc.store([start_m, start_n], acc.to(y_desc.dtype))
+        store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _lora_forward_pointer_kernel(
     M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_bn, stride_br,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS_R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``y = x W^T + s B^T + bias`` for any strides. Grid: one program a tile of y."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -98,7 +98,7 @@ def _lora_forward_pointer_kernel(
         acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
     acc = _add_rank_product(
         acc, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_bn, stride_br,
-        y_ptr.dtype.element_ty, PRECISION, STEPS_R, BLOCK_R,
+        y_ptr.dtype.element_ty, PRECISION, R_STEPS, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         acc = _add_bias(acc, bias_ptr, offs_n, N)
@@ -131,18 +131,18 @@ def lora_forward(
     flags = {
         "HAS_BIAS": bias is not None,
         "PRECISION": precision,
-        "STEPS_R": cdiv(R, rank_step(R)),
+        "R_STEPS": cdiv(R, rank_step(R)),
         "BLOCK_R": rank_step(R),
     }
     if has_tma(major) and precision == "tf32" and fits_tma(x, weight, y):
-        c = gemm_tma_config(M, N, x.element_size(), num_sms)
+        c = gemm_tma_config(M, N, R, x.element_size(), num_sms)
         _lora_forward_tma_kernel[(min(num_sms, cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)),)](
             TensorDescriptor.from_tensor(x, [c.BLOCK_M, c.BLOCK_K]),
             TensorDescriptor.from_tensor(weight, [c.BLOCK_N, c.BLOCK_K]),
-            TensorDescriptor.from_tensor(y, [c.BLOCK_M, c.BLOCK_N]),
+            TensorDescriptor.from_tensor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
             s, lora_B, bias, M, N, K, R, lora_B.stride(0), lora_B.stride(1),
             BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-            num_warps=c.num_warps, num_stages=c.num_stages, **flags,
+            SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages, **flags,
         )  # fmt: skip
         return y
     c = gemm_pointer_config(x.element_size(), precision)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import device_properties, dot, dot_precision, fits_tma, has_tma, tile_of
+from .common import device_properties, dot, dot_precision, fits_tma, has_tma, store_tile, tile_of
 from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
 from .dropout import load_keep
 
@@ -17,7 +17,7 @@ from .dropout import load_keep
 def _rank_product(
     ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_ar, stride_ak,
     DTYPE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    STEPS_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``mask * (ds A)`` for one tile of dx: the accumulator that ``dy W0`` is then added to.
 
@@ -26,8 +26,8 @@ def _rank_product(
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_N)
-    for step in tl.static_range(STEPS_R):
-        offs_r = step * BLOCK_R + tl.arange(0, BLOCK_R)
+    for r in tl.range(0, R_STEPS * BLOCK_R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
         ds = tl.load(
             ds_ptr + offs_m[:, None] * R + offs_r[None, :],
             mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
@@ -50,7 +50,7 @@ def _lora_grad_x_tma_kernel(
     M, N, K, R, stride_ar, stride_ak,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS_R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``dx = mask * (ds A) + dy W`` by TMA. Grid: persistent, one program an SM.
 
@@ -63,13 +63,13 @@ def _lora_grad_x_tma_kernel(
         acc = _rank_product(
             ds_ptr, a_ptr, mask_ptr, start_m.to(tl.int64) + tl.arange(0, BLOCK_M), start_k,
             M, K, R, stride_ar, stride_ak,
-            dx_desc.dtype, HAS_DROPOUT, PRECISION, STEPS_R, BLOCK_R, BLOCK_M, BLOCK_N,
+            dx_desc.dtype, HAS_DROPOUT, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         for n in range(0, tl.cdiv(N, BLOCK_K)):
             dy = dy_desc.load([start_m, n * BLOCK_K])  # [BLOCK_M, BLOCK_K]
             w = w_desc.load([n * BLOCK_K, start_k])  # [BLOCK_K, BLOCK_N]
             acc = dot(dy, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
-        dx_desc.store([start_m, start_k], acc.to(dx_desc.dtype))
+        store_tile(dx_desc, acc, start_m, start_k, BLOCK_M, BLOCK_N, SUBTILES)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _lora_grad_x_pointer_kernel(
     M, N, K, R, stride_dym, stride_dyn, stride_wn, stride_wk, stride_ar, stride_ak,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS_R: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``dx = mask * (ds A) + dy W`` for any strides. Grid: one program a tile of dx."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
@@ -89,7 +89,7 @@ def _lora_grad_x_pointer_kernel(
     offs_n = tl.arange(0, BLOCK_K).to(tl.int64)
     acc = _rank_product(
         ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_ar, stride_ak,
-        dx_ptr.dtype.element_ty, HAS_DROPOUT, PRECISION, STEPS_R, BLOCK_R, BLOCK_M, BLOCK_N,
+        dx_ptr.dtype.element_ty, HAS_DROPOUT, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     for n in range(0, N, BLOCK_K):
         dy = tl.load(
@@ -132,18 +132,18 @@ def lora_grad_x(
     flags = {
         "HAS_DROPOUT": mask is not None,
         "PRECISION": precision,
-        "STEPS_R": cdiv(R, rank_step(R)),
+        "R_STEPS": cdiv(R, rank_step(R)),
         "BLOCK_R": rank_step(R),
     }
     if has_tma(major) and precision == "tf32" and fits_tma(dy, weight, dx):
-        c = gemm_tma_config(M, K, dy.element_size(), num_sms)
+        c = gemm_tma_config(M, K, R, dy.element_size(), num_sms)
         _lora_grad_x_tma_kernel[(min(num_sms, cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)),)](
             TensorDescriptor.from_tensor(dy, [c.BLOCK_M, c.BLOCK_K]),
             TensorDescriptor.from_tensor(weight, [c.BLOCK_K, c.BLOCK_N]),
-            TensorDescriptor.from_tensor(dx, [c.BLOCK_M, c.BLOCK_N]),
+            TensorDescriptor.from_tensor(dx, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
             ds, lora_A, mask, M, N, K, R, lora_A.stride(0), lora_A.stride(1),
             BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-            num_warps=c.num_warps, num_stages=c.num_stages, **flags,
+            SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages, **flags,
         )  # fmt: skip
         return dx
     c = gemm_pointer_config(dy.element_size(), precision)

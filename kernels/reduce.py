@@ -19,7 +19,8 @@ def _sum_splits_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for j in range(0, splits):
-        acc += tl.load(parts_ptr + j * size.to(tl.int64) + offs, mask=offs < size, other=0.0)
+        part = tl.cast(j, tl.int64) * size
+        acc += tl.load(parts_ptr + part + offs, mask=offs < size, other=0.0)
     acc *= load_scaling(scaling, SCALING_IS_TENSOR) * factor
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
 
