@@ -1,0 +1,312 @@
+"""Save and load adapters in PEFT's file format."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastlora.modules import LoRALinear, lora_scaling
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PARTS = ("lora_A", "lora_B")
+_LISTED = 10
+
+# A true value in one of these changes what the adapter computes, or adds tensors beside A and B.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "target_parameters",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+# The other initialisations rewrite the base weight, which the adapter then needs to be right.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters of ``model`` as PEFT does, to ``folder``.
+
+    The folder gets ``adapter_config.json`` and ``adapter_model.safetensors`` with a tensor
+    ``base_model.model.<module>.lora_A.weight`` ``(r, in_features)`` and ``.lora_B.weight``
+    ``(out_features, r)`` for each LoRA linear, in the dtype it has. PEFT, and what reads PEFT's
+    files, can load it onto the same base model. Layers whose rank or scaling differ from the
+    most common one are listed in ``rank_pattern`` and ``alpha_pattern``.
+
+    Args:
+        model: A model with at least one ``LoRALinear``; the names are taken relative to it.
+        folder: Where to write; made when it is not there. Files of the same name are replaced.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: The model has no ``LoRALinear``, or one on the meta device.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from fastlora import inject, load_adapter, save_adapter
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> report = inject(model, ("0",), r=2, lora_alpha=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     load_adapter(model, folder)
+    """
+    layers = _lora_layers(model)
+    for name, layer in layers.items():
+        for part in _PARTS:
+            if getattr(layer, part).is_meta:
+                raise ValueError(f"{name}.{part} is on the meta device, there is nothing to save")
+    aliases = _aliases(model, layers)
+    if aliases:
+        warnings.warn(
+            f"{_listing(aliases)} share the adapter of another name; it is saved once, and PEFT "
+            "attaches it to the first name only",
+            stacklevel=2,
+        )
+    tensors = {
+        # A clone each: safetensors refuses tensors that share memory.
+        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part).detach().cpu().clone().contiguous()
+        for name, layer in layers.items()
+        for part in _PARTS
+    }
+    config = json.dumps(_config(model, layers), indent=2, sort_keys=True) + "\n"
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    _replace(target / WEIGHTS_NAME, lambda path: save_file(tensors, path, {"format": "pt"}))
+    _replace(target / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Load adapters that ``save_adapter`` or PEFT wrote into the LoRA linears of ``model``.
+
+    Inject the model first, with the rank and alpha of the adapter. File and model must hold the
+    same layers, shapes and scalings. Everything is checked before the first value is copied, so
+    that a failed call leaves the model as it was. Values are cast to the dtype of the layer.
+
+    Args:
+        model: A model with LoRA linears, as ``inject`` makes it.
+        folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        FileNotFoundError: One of the two files is not there.
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: A file cannot be read, the adapter uses a variant other than plain LoRA, or
+            it does not fit the model; the message names the tensor or the setting.
+    """
+    layers = _lora_layers(model)
+    config = _read_config(Path(folder) / CONFIG_NAME)
+    weights = Path(folder) / WEIGHTS_NAME
+    if not weights.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {folder}; only safetensors can be loaded")
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is no readable safetensors file: {error}") from error
+
+    wanted = {
+        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part)
+        for name, layer in layers.items()
+        for part in _PARTS
+    }
+    missing = [key for key in wanted if key not in tensors]
+    if missing:
+        raise ValueError(f"{weights} lacks tensors that the model needs: {_listing(missing)}")
+    surplus = [key for key in tensors if key not in wanted]
+    if surplus:
+        raise ValueError(
+            f"{weights} holds tensors that no LoRALinear of the model takes: {_listing(surplus)}"
+        )
+    for key, parameter in wanted.items():
+        _check_tensor(key, tensors[key], parameter)
+    for name, layer in layers.items():
+        _check_scaling(name, layer, config)
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return each LoRA linear once, by its first name as PEFT counts names."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = {_clean(n): m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
+        raise ValueError("model has no LoRALinear; call fastlora.inject(model, ...) first")
+    if "" in layers:
+        raise ValueError("model is itself a LoRALinear; pass the module that holds it")
+    return layers
+
+
+def _aliases(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
+    every = model.named_modules(remove_duplicate=False)
+    return [
+        name
+        for name, module in ((_clean(n), m) for n, m in every)
+        if isinstance(module, LoRALinear) and name not in layers
+    ]
+
+
+def _clean(name: str) -> str:
+    """Drop the level that torch.compile puts into module names."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _config(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Any]:
+    # One flag for all: where layers differ, rsLoRA is written out as a plain alpha.
+    rslora = all(layer.use_rslora for layer in layers.values())
+    ranks = {name: layer.r for name, layer in layers.items()}
+    alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
+    dropouts = {name: layer.lora_dropout for name, layer in layers.items()}
+    r, alpha, dropout = (_most_common(list(d.values())) for d in (ranks, alphas, dropouts))
+    if len(set(dropouts.values())) > 1:
+        warnings.warn(
+            f"the layers differ in lora_dropout and the format holds one value: {dropout} is saved",
+            stacklevel=3,
+        )
+    hub_name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return {
+        "alpha_pattern": {_exactly(n): a for n, a in alphas.items() if a != alpha},
+        "auto_mapping": None,
+        "base_model_name_or_path": hub_name if isinstance(hub_name, str) and hub_name else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": {_exactly(n): rank for n, rank in ranks.items() if rank != r},
+        "revision": None,
+        "target_modules": _targets(model, list(layers)),
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": rslora,
+    }
+
+
+def _alpha(layer: LoRALinear, rslora: bool) -> float:
+    """Return the alpha that gives the layer's scaling, its own lora_alpha where that does."""
+    scaling = float(layer.scaling)
+    if math.isclose(scaling, lora_scaling(layer.r, layer.lora_alpha, rslora), rel_tol=1e-12):
+        return layer.lora_alpha
+    return scaling * (math.sqrt(layer.r) if rslora else layer.r)
+
+
+def _most_common(values: list[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _exactly(name: str) -> str:
+    """Return the key of rank_pattern and alpha_pattern, a regular expression, for one module."""
+    return f"^{re.escape(name)}"
+
+
+def _targets(model: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """Return the shortest target_modules that name these modules of the model and no other."""
+    every = [_clean(name) for name, _ in model.named_modules() if name]
+    for targets in ({name.rpartition(".")[2] for name in names}, set(names)):
+        ends = tuple(f".{target}" for target in targets)
+        if {n for n in every if n in targets or n.endswith(ends)} == set(names):
+            return sorted(targets)
+    return "|".join(re.escape(name) for name in names)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside ``path`` and rename, so that a reader never meets half a file."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {path.parent}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise ValueError(f"{path}: {key}={config[key]!r} is not supported, only plain LoRA is")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias must be 'none', got {config['bias']!r}")
+    init = config.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise ValueError(
+            f"{path}: init_lora_weights={init!r} changes the base weights and is not supported"
+        )
+    return config
+
+
+def _check_tensor(key: str, tensor: Tensor, parameter: Tensor) -> None:
+    if tensor.shape != parameter.shape:
+        raise ValueError(f"{key} must be {tuple(parameter.shape)}, got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{key} must have a floating point dtype, got {tensor.dtype}")
+    if parameter.is_meta:
+        raise ValueError(f"{key} cannot be loaded: the layer of the model is on the meta device")
+
+
+def _check_scaling(name: str, layer: LoRALinear, config: Mapping[str, Any]) -> None:
+    # PEFT's defaults stand where a file leaves a setting out.
+    alpha = _pattern_value(config, "alpha_pattern", name, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"lora_alpha of {name} must be a number, got {alpha!r}")
+    scaling = lora_scaling(layer.r, alpha, bool(config.get("use_rslora")))
+    if not math.isclose(scaling, float(layer.scaling), rel_tol=1e-6):
+        raise ValueError(
+            f"{name} has scaling {float(layer.scaling):g} in the model, but the adapter was made "
+            f"with {scaling:g} (r={layer.r}, lora_alpha={alpha}, "
+            f"use_rslora={bool(config.get('use_rslora'))}); inject with the same settings"
+        )
+
+
+def _pattern_value(config: Mapping[str, Any], field: str, name: str, default: Any) -> Any:
+    """Look a module up as PEFT does: the first pattern that matches the end of its name wins."""
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{field} must be an object of patterns, got {patterns!r}")
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise ValueError(f"{field} holds a bad pattern {pattern!r}: {error}") from error
+    return default
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

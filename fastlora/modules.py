@@ -1,0 +1,208 @@
+"""The LoRA linear as a module, for use beside or in place of ``torch.nn.Linear``."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.functional import lora_linear
+
+MAX_RANK = 256
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INITS = ("kaiming", "gaussian")
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear with a trainable low-rank update.
+
+    ``y = x weight^T + bias + scaling * dropout(x) lora_A^T lora_B^T``
+
+    ``weight`` and ``bias`` are the very Parameters of ``base``: nothing is copied, a tied weight
+    stays tied, and both are frozen here. The state dict has loralib's keys ``weight``, ``bias``,
+    ``lora_A`` and ``lora_B``. ``lora_B`` starts at zero, so that a new layer computes what
+    ``base`` does.
+
+    Shapes: x ``(..., in_features)``, y ``(..., out_features)``, weight
+    ``(out_features, in_features)``, bias ``(out_features,)`` or None, lora_A
+    ``(r, in_features)``, lora_B ``(out_features, r)``.
+
+    Args:
+        base: The linear to adapt. It may live on any device, ``meta`` included.
+        r: The rank, 1 to 256.
+        lora_alpha: ``scaling`` is ``lora_alpha / r``, with rsLoRA ``lora_alpha / sqrt(r)``.
+        lora_dropout: Probability in [0, 1] of dropping an element of x on the LoRA branch in
+            training mode.
+        use_rslora: Divide by ``sqrt(r)`` instead of ``r``.
+        init_lora_weights: How ``lora_A`` starts: ``"kaiming"`` (uniform with a = sqrt(5), as in
+            loralib and PEFT) or ``"gaussian"`` (standard deviation 1/r).
+        adapter_dtype: dtype of ``lora_A`` and ``lora_B``; None means the dtype of ``base``.
+
+    Raises:
+        TypeError: ``base`` is no plain ``nn.Linear`` or an argument has the wrong type.
+        ValueError: An argument is out of range, or ``base.weight`` is not fp16, bf16, fp32 or fp64.
+
+    Example:
+        >>> import torch
+        >>> from fastlora import LoRALinear
+        >>> base = torch.nn.Linear(64, 32)
+        >>> layer = LoRALinear(base, r=8, lora_alpha=16, lora_dropout=0.1)
+        >>> x = torch.randn(4, 10, 64)
+        >>> layer(x).shape
+        torch.Size([4, 10, 32])
+        >>> torch.allclose(layer(x), base(x), atol=1e-5)
+        True
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['lora_A', 'lora_B']
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: str = "kaiming",
+        *,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Freeze ``base`` and make an adapter beside it."""
+        super().__init__()
+        check_lora_options(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        )
+        problem = base_problem(base)
+        if problem is not None:
+            raise problem
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.r = r
+        self.lora_alpha = lora_alpha if isinstance(lora_alpha, int) else float(lora_alpha)
+        self.lora_dropout = float(lora_dropout)
+        self.use_rslora = use_rslora
+        self.init_lora_weights = init_lora_weights
+        self.scaling = lora_scaling(r, self.lora_alpha, use_rslora)
+
+        weight = cast(nn.Parameter, base.weight)
+        dtype = weight.dtype if adapter_dtype is None else adapter_dtype
+        lora_a = torch.empty((r, self.in_features), dtype=dtype, device=weight.device)
+        lora_b = torch.empty((self.out_features, r), dtype=dtype, device=weight.device)
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", base.bias)
+        self.register_parameter("lora_A", nn.Parameter(lora_a))
+        self.register_parameter("lora_B", nn.Parameter(lora_b))
+        self.reset_lora_parameters()
+        weight.requires_grad_(False)
+        if base.bias is not None:
+            base.bias.requires_grad_(False)
+        self.train(base.training)
+
+    def reset_lora_parameters(self) -> None:
+        """Draw ``lora_A`` anew and set ``lora_B`` to zero; the frozen linear stays as it is."""
+        if self.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer; dropout acts in training mode only."""
+        return lora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            bias=self.bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the sizes and the LoRA settings in ``repr``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, r={self.r}, lora_alpha={self.lora_alpha}, "
+            f"lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}"
+        )
+
+
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """Return ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def base_problem(base: object) -> TypeError | ValueError | None:
+    """Return the error that says why ``base`` cannot be adapted, or None when it can."""
+    if not isinstance(base, nn.Linear):
+        return TypeError(f"base must be a torch.nn.Linear, got {type(base).__name__}")
+    if type(base).forward is not nn.Linear.forward or "forward" in vars(base):
+        return TypeError(
+            "base must compute torch.nn.Linear's own forward, got a "
+            f"{type(base).__name__} with another forward"
+        )
+    for name in ("weight", "bias"):
+        parameter = getattr(base, name)
+        if name == "bias" and parameter is None:
+            continue
+        # Quantised and sharded weights come as tensor subclasses, which raw access would misread.
+        if type(parameter) is not nn.Parameter:
+            return TypeError(
+                f"base.{name} must be a plain nn.Parameter, got {type(parameter).__name__}"
+            )
+        if parameter.dtype not in FLOAT_DTYPES:
+            return ValueError(
+                f"base.{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}"
+            )
+    expected = (base.out_features, base.in_features)
+    if tuple(base.weight.shape) != expected:
+        return ValueError(
+            f"base.weight must be (out_features, in_features)={expected}, "
+            f"got {tuple(base.weight.shape)}"
+        )
+    return None
+
+
+def check_lora_options(
+    r: object,
+    lora_alpha: object,
+    lora_dropout: object,
+    use_rslora: object,
+    init_lora_weights: object,
+    adapter_dtype: object,
+) -> None:
+    """Raise a TypeError or ValueError that names the first option that is wrong."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r must be an int from 1 to {MAX_RANK}, got {r!r}")
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"r must be from 1 to {MAX_RANK}, got {r}")
+    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    # Real has no order of its own for type checkers; float() also turns numpy numbers plain.
+    alpha, dropout = float(lora_alpha), float(lora_dropout)  # type: ignore[arg-type]
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"lora_alpha must be a finite number above 0, got {lora_alpha}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"lora_dropout must be a probability in [0, 1], got {lora_dropout}")
+    if not isinstance(use_rslora, bool):
+        raise TypeError(f"use_rslora must be a bool, got {use_rslora!r}")
+    if init_lora_weights not in INITS:
+        raise ValueError(
+            f"init_lora_weights must be one of {', '.join(map(repr, INITS))}, "
+            f"got {init_lora_weights!r}"
+        )
+    if adapter_dtype is not None and adapter_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            "adapter_dtype must be None, float16, bfloat16, float32 or float64, "
+            f"got {adapter_dtype!r}"
+        )
