@@ -1,0 +1,1 @@
+"""The commands of ``python -m fastlora``; nothing in the library imports this package."""
