@@ -39,13 +39,14 @@ def store_tile(
     desc, acc, start_m, start_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile by TMA, whole or in two halves: halves need half the shared memory."""
-    if SUBTILES == 2:
-        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        desc.store([start_m, start_n], left.to(desc.dtype))  # [BLOCK_M, BLOCK_N/2]
-        desc.store([start_m, start_n + BLOCK_N // 2], right.to(desc.dtype))
-    else:
+    """Store a tile by TMA in 1, 2 or 4 column slices: smaller ones need less shared memory."""
+    if SUBTILES == 1:
         desc.store([start_m, start_n], acc.to(desc.dtype))  # [BLOCK_M, BLOCK_N]
+    else:
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = acc.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
+        store_tile(desc, left, start_m, start_n, BLOCK_M, half, SUBTILES // 2)
+        store_tile(desc, right, start_m, start_n + half, BLOCK_M, half, SUBTILES // 2)
 
 
 @triton.jit

@@ -54,23 +54,26 @@ def rank_block(R: int) -> int:
     return max(16, 1 << (R - 1).bit_length())
 
 
-def rank_step(R: int) -> int:
+def rank_step(R: int, itemsize: int) -> int:
     """Ranks taken by one step of the rank product inside a GEMM: its tiles must fit beside the ring."""
-    return min(64, rank_block(R))
+    return min(128 // itemsize, rank_block(R))
 
 
 def gemm_tma_config(M: int, N: int, R: int, itemsize: int, num_sms: int) -> LaunchConfig:
     """Tiles of the persistent TMA GEMMs with an ``[M, N]`` output (sm_90 and later).
 
-    128x256 is level with cuBLAS where its tiles fill the GPU at least once (31 of 40 shapes measured);
-    with fewer tiles than SMs, 128x128 loses less to idle SMs.
+    At 8192 x 4096 x 4096 and rank 16, 128x256 with 3 stages takes 1.05 (forward) and 1.03 (grad_x) of
+    cuBLAS without LoRA; 4 stages, 256x128 tiles and GROUP_M of 4 or 16 are no faster, 128x128 with 5
+    stages is 1.10. Tile loops are not flattened into the K loop: with a rank product beside it, that
+    makes ptxas wait for every wgmma (1.3 forward, 2.3 grad_x). With fewer tiles than SMs, 128x128 loses
+    less to idle SMs.
     """
     block_k = 128 // itemsize  # 128 bytes: one swizzle atom of shared memory
     if cdiv(M, 128) * cdiv(N, 256) >= num_sms:
         # Beside a ring of 3 x 48 KB there is room for a whole y tile (64 KB) at rank 16 only.
-        subtiles = 1 if rank_block(R) == 16 and itemsize == 2 else 2
+        subtiles = 1 if rank_block(R) == 16 and itemsize == 2 else 4 if itemsize == 4 else 2
         return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=3, SUBTILES=subtiles)
-    return LaunchConfig(128, 128, block_k, num_warps=8, num_stages=3, SUBTILES=2)
+    return LaunchConfig(128, 128, block_k, num_warps=8, num_stages=4, SUBTILES=2)
 
 
 def gemm_pointer_config(itemsize: int, precision: str) -> LaunchConfig:
@@ -119,12 +122,12 @@ def grad_b_config(M: int, N: int, R: int, itemsize: int, num_sms: int) -> Reduce
         return None
     block_m, block_c = 64, 256 if itemsize == 2 else 64
     splits = _row_splits(M, N, block_m, block_c, num_sms, per_sm=1)
-    return ReduceConfig(block_m, block_c, splits, num_warps=8, num_stages=4)
+    return ReduceConfig(block_m, block_c, splits, num_warps=8, num_stages=3)
 
 
 def grad_a_config(M: int, K: int, R: int, itemsize: int, num_sms: int) -> ReduceConfig:
     """Config of ``dA = ds^T dropout(x)``, and of dB where it has a pass of its own."""
     block_c = 128 if R <= 64 else 64
-    block_m = 64 if itemsize == 2 else 32
+    block_m = 32 if itemsize == 4 else 128 if R <= 32 else 64
     splits = _row_splits(M, K, block_m, block_c, num_sms, per_sm=2)
     return ReduceConfig(block_m, block_c, splits, num_warps=4, num_stages=3)

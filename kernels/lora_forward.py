@@ -50,7 +50,7 @@ def _lora_forward_tma_kernel(
 ):  # fmt: skip
     """``y = x W^T + s B^T + bias`` by TMA loads and stores. Grid: persistent, one program an SM."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -126,13 +126,13 @@ def lora_forward(
     """
     (M, K), N, R = x.shape, weight.shape[0], lora_B.shape[1]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    precision = dot_precision(x.dtype)
+    precision, block_r = dot_precision(x.dtype), rank_step(R, x.element_size())
     major, num_sms = device_properties(x.device)
     flags = {
         "HAS_BIAS": bias is not None,
         "PRECISION": precision,
-        "R_STEPS": cdiv(R, rank_step(R)),
-        "BLOCK_R": rank_step(R),
+        "R_STEPS": cdiv(R, block_r),
+        "BLOCK_R": block_r,
     }
     if has_tma(major) and precision == "tf32" and fits_tma(x, weight, y):
         c = gemm_tma_config(M, N, R, x.element_size(), num_sms)

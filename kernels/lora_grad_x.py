@@ -57,7 +57,7 @@ def _lora_grad_x_tma_kernel(
     Tiles are BLOCK_M x BLOCK_N of dx ``[M, K]``; the sum over N goes in steps of BLOCK_K.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         start_m, start_k = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = _rank_product(
@@ -127,13 +127,13 @@ def lora_grad_x(
     """
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    precision = dot_precision(dy.dtype)
+    precision, block_r = dot_precision(dy.dtype), rank_step(R, dy.element_size())
     major, num_sms = device_properties(dy.device)
     flags = {
         "HAS_DROPOUT": mask is not None,
         "PRECISION": precision,
-        "R_STEPS": cdiv(R, rank_step(R)),
-        "BLOCK_R": rank_step(R),
+        "R_STEPS": cdiv(R, block_r),
+        "BLOCK_R": block_r,
     }
     if has_tma(major) and precision == "tf32" and fits_tma(dy, weight, dx):
         c = gemm_tma_config(M, K, R, dy.element_size(), num_sms)
