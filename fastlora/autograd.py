@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
@@ -56,9 +55,13 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
+        if torch.is_grad_enabled():  # create_graph=True: these gradients would be constants in it
+            raise RuntimeError(
+                "fastlora's kernels have no double backward (create_graph=True); run this part "
+                "eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
+            )
         x, weight, lora_A, lora_B, s, mask, scaling = ctx.saved_tensors
         spec: LoRASpec = ctx.spec
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]

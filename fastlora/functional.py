@@ -58,8 +58,6 @@ def lora_linear(
     dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     dropout_p = dropout_p if training else 0.0
     x, weight, bias = _autocast(x, weight, bias)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
     seed = reference.draw_seed(x.device) if dropout_p > 0 else None
     if not decide_for(x, weight, lora_A, lora_B).fused:
         return reference.lora_linear(
@@ -128,10 +126,17 @@ def _autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast x, weight and bias as autocast casts the arguments of a linear; adapters stay as they are."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and x.dtype != torch.float64
+    ):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
+    return x, weight, bias
 
 
 def _validate(
@@ -182,7 +187,7 @@ def _validate(
             raise ValueError("scaling must not require grad: it gets no gradient")
         if scaling.device not in (x.device, torch.device("cpu")):
             raise ValueError(f"scaling must be on {x.device} or the CPU, got {scaling.device}")
-    elif not isinstance(scaling, (int, float)):
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a float or a Tensor, got {type(scaling).__name__}")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")

@@ -6,6 +6,8 @@ fp64 inputs) and rounded once, to the dtype of ``x``.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,13 @@ def dropout_keep_mask(
     rows = torch.arange(M, device=device)[:, None].expand_as(groups)
     words = torch.stack(_philox_4x32(seed, groups, rows), dim=-1)  # [M, K/8, 4]
     draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [M, K/8, 4, 2]
-    return draws.reshape(M, -1)[:, :K] >= dropout_threshold(p)
+    return draws.reshape(M, 8 * groups.shape[-1])[:, :K] >= dropout_threshold(p)
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()  # e.g. meta tensors
+    return torch.autocast(device_type=device_type, enabled=False)
 
 
 def lora_linear(
@@ -95,8 +103,8 @@ def lora_linear(
     """
     N, K = weight.shape
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        x_c = x.reshape(-1, K).to(compute)
+    with _no_autocast(x.device.type):
+        x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
         dropped = x_c
         if training and dropout_p > 0:
             seed = draw_seed(x.device) if seed is None else seed

@@ -10,16 +10,18 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs  # since 3.4: with an older one dispatch sees an ImportError
 
+from .config import cdiv
+
 INTERPRETED = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1) rather than on a GPU."""
 
-_UPCAST = tl.constexpr(INTERPRETED)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a b`` in fp32; the interpreter multiplies bf16 wrongly, so there operands are upcast."""
-    if _UPCAST:
+    if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -35,18 +37,51 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def enter_kernel(PDL: tl.constexpr):
+    """Programmatic dependent launch: wait for the kernel before, and let the next one be set up.
+
+    The next one's programs come onto the GPU while this kernel runs and wait there, which takes the
+    microseconds of a launch off the path between two kernels.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def add_rank_product(
+    acc, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``acc + s B^T`` for one output tile; s ``[M, R]`` has dense rows."""
+    for r in tl.range(0, R_STEPS * BLOCK_R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        s = tl.load(
+            s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
+            mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_R]
+        b = tl.load(
+            b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None].to(tl.int64) * stride_br,
+            mask=(offs_n[None, :] < N) & (offs_r[:, None] < R),
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_N]
+        acc = dot(s, b.to(DTYPE), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    return acc
+
+
+@triton.jit
 def store_tile(
     desc, acc, start_m, start_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile by TMA in 1, 2 or 4 column slices: smaller ones need less shared memory."""
-    if SUBTILES == 1:
-        desc.store([start_m, start_n], acc.to(desc.dtype))  # [BLOCK_M, BLOCK_N]
+    """Store a tile by TMA, whole or in two halves: halves need half the shared memory."""
+    if SUBTILES == 2:
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        desc.store([start_m, start_n], left.to(desc.dtype))  # [BLOCK_M, BLOCK_N/2]
+        desc.store([start_m, start_n + BLOCK_N // 2], right.to(desc.dtype))
     else:
-        half: tl.constexpr = BLOCK_N // 2
-        left, right = acc.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
-        store_tile(desc, left, start_m, start_n, BLOCK_M, half, SUBTILES // 2)
-        store_tile(desc, right, start_m, start_n + half, BLOCK_M, half, SUBTILES // 2)
+        desc.store([start_m, start_n], acc.to(desc.dtype))  # [BLOCK_M, BLOCK_N]
 
 
 @triton.jit
@@ -86,5 +121,25 @@ def fits_tma(*tensors: Tensor) -> bool:
 
 
 def has_tma(major: int) -> bool:
-    """Whether the TMA variants' tiles fit: sm_90 and sm_100 (sm_120 has TMA, but 99 KB of shared memory)."""
-    return major in (9, 10)
+    """Whether the TMA variants run: on sm_90. Newer GPUs have TMA too, but nobody has tried them there."""
+    return major == 9
+
+
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that begins with `enter_kernel`: on since sm_90."""
+    pdl = device.type == "cuda" and device_properties(device)[0] >= 9
+    return {"PDL": pdl, "launch_pdl": pdl}
+
+
+def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty ``[rows, columns]`` whose row stride is a multiple of 16 bytes, as TMA wants it."""
+    quantum = 16 // dtype.itemsize
+    padded = cdiv(columns, quantum) * quantum
+    return torch.empty((rows, padded), dtype=dtype, device=device)[:, :columns]
+
+
+def for_tma(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A small 2-D tensor as TMA can read it: itself, or a copy in ``dtype`` with padded rows."""
+    if t.dtype == dtype and fits_tma(t):
+        return t
+    return empty_rows(t.shape[0], t.shape[1], dtype, t.device).copy_(t)

@@ -39,7 +39,8 @@ def unpack_bits(bits, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 def load_keep(mask_ptr, offs_m, col_start, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """The boolean keep tile ``[BLOCK_M, BLOCK_K]`` from the packed mask ``[M, ceil(K / 8)]``.
 
-    ``col_start`` is a multiple of 8. Rows past M and columns past K are False.
+    ``col_start`` is a multiple of 8. Rows past M are False; so are columns past K, but for those that share
+    K's last byte, which are draws like any other.
     """
     row_bytes = (K + 7) // 8
     offs_g = col_start // 8 + tl.arange(0, BLOCK_K // 8)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_properties, dot, dot_precision
+from .common import device_properties, dot, dot_precision, enter_kernel, pdl_options
 from .config import cdiv, grad_a_config, rank_block
 from .dropout import load_keep
 from .reduce import sum_splits
@@ -16,8 +16,8 @@ from .reduce import sum_splits
 @triton.jit
 def _lora_grad_a_kernel(
     x_ptr, ds_ptr, mask_ptr, parts_ptr,
-    M, K, R, rows_per_split, stride_xm, stride_xk,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    M, K, R, rows_per_split, stride_xm, stride_xk, stride_dsm,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``parts[split, r, k] = sum_m ds[m, r] keep[m, k] x[m, k]`` over the rows of a split.
@@ -25,6 +25,7 @@ def _lora_grad_a_kernel(
     Grid: ``(cdiv(K, BLOCK_C), splits)``. The masked operand is the right one: a wgmma reads it from
     shared memory, so the register-operand hazard of ptxas (triton#9433) does not arise.
     """
+    enter_kernel(PDL)
     start_k = tl.program_id(0) * BLOCK_C
     offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
@@ -39,7 +40,7 @@ def _lora_grad_a_kernel(
             other=0.0,
         )  # [BLOCK_M, BLOCK_C]
         ds = tl.load(
-            ds_ptr + offs_m[None, :] * R + offs_r[:, None],
+            ds_ptr + offs_m[None, :] * stride_dsm + offs_r[:, None],
             mask=(offs_m[None, :] < last) & (offs_r[:, None] < R),
             other=0.0,
         )  # [BLOCK_R, BLOCK_M]
@@ -60,7 +61,7 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) 
 
     Args:
         x (Tensor): ``[M, K]``, any strides.
-        ds (Tensor): ``[M, R]`` contiguous, in the dtype of x, with scaling and 1 / (1 - p) in it.
+        ds (Tensor): ``[M, R]``, rows dense, in the dtype of x, with scaling and 1 / (1 - p) in it.
         mask (Tensor | None): packed keep mask of `lora_shrink`, or ``None``.
         dtype (torch.dtype): dtype of the result.
 
@@ -68,7 +69,8 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) 
         Tensor: ``[R, K]``, contiguous. Sums go in a fixed order: bit-identical from run to run.
     """
     (M, K), R = x.shape, ds.shape[1]
-    c = grad_a_config(M, K, R, x.element_size(), device_properties(x.device)[1])
+    precision, num_sms = dot_precision(x.dtype), device_properties(x.device)[1]
+    c = grad_a_config(M, K, R, x.element_size(), num_sms, precision, mask is not None)
     rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
     splits = cdiv(M, rows_per_split)
     out = torch.empty((R, K), dtype=dtype, device=x.device)
@@ -76,10 +78,10 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) 
         out if splits == 1 else torch.empty((splits, R, K), dtype=torch.float32, device=x.device)
     )
     _lora_grad_a_kernel[(cdiv(K, c.BLOCK_C), splits)](
-        x, ds, mask, parts, M, K, R, rows_per_split, x.stride(0), x.stride(1),
-        HAS_DROPOUT=mask is not None, PRECISION=dot_precision(x.dtype),
+        x, ds, mask, parts, M, K, R, rows_per_split, x.stride(0), x.stride(1), ds.stride(0),
+        HAS_DROPOUT=mask is not None, PRECISION=precision,
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
-        num_warps=c.num_warps, num_stages=c.num_stages,
+        num_warps=c.num_warps, num_stages=c.num_stages, **pdl_options(x.device),
     )  # fmt: skip
     if splits > 1:
         sum_splits(parts, out)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_properties, dot, dot_precision
+from .common import device_properties, dot, dot_precision, empty_rows, enter_kernel, pdl_options
 from .config import cdiv, grad_b_config, keep_scale, rank_block
 from .lora_grad_a import lora_grad_a
 from .lora_shrink import lora_shrink
@@ -17,8 +17,8 @@ from .reduce import sum_splits
 @triton.jit
 def _lora_grad_b_kernel(
     dy_ptr, s_ptr, b_ptr, ds_parts_ptr, db_parts_ptr,
-    M, N, R, rows_per_split, stride_dym, stride_dyn, stride_bn, stride_br,
-    PRECISION: tl.constexpr,
+    M, N, R, rows_per_split, stride_dym, stride_dyn, stride_sm, stride_dsm, stride_bn, stride_br,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Partial sums: ``ds`` over a block of columns, ``dB`` over a split of rows.
@@ -26,6 +26,7 @@ def _lora_grad_b_kernel(
     Grid: ``(cdiv(N, BLOCK_C), splits)``. A program keeps its ``B`` and ``dB`` columns and walks down
     its rows of dy; neither product changes an operand in registers.
     """
+    enter_kernel(PDL)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
     first = tl.program_id(1).to(tl.int64) * rows_per_split
@@ -35,7 +36,7 @@ def _lora_grad_b_kernel(
         mask=(offs_n[:, None] < N) & (offs_r[None, :] < R),
         other=0.0,
     ).to(dy_ptr.dtype.element_ty)  # [BLOCK_C, BLOCK_R]
-    ds_part = ds_parts_ptr + tl.program_id(0).to(tl.int64) * M * R
+    ds_part = ds_parts_ptr + tl.program_id(0).to(tl.int64) * M * stride_dsm
     db = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
     for m in range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -45,11 +46,11 @@ def _lora_grad_b_kernel(
             other=0.0,
         )  # [BLOCK_M, BLOCK_C]
         mask_mr = (offs_m[:, None] < last) & (offs_r[None, :] < R)
-        s = tl.load(s_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_mr, other=0.0)
+        s = tl.load(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], mask=mask_mr, other=0.0)
         zero = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         ds = dot(dy, b, zero, PRECISION)  # [BLOCK_M, BLOCK_R]
         db = dot(dy.T, s, db, PRECISION)  # [BLOCK_C, BLOCK_R]
-        tl.store(ds_part + offs_m[:, None] * R + offs_r[None, :], ds, mask=mask_mr)
+        tl.store(ds_part + offs_m[:, None] * stride_dsm + offs_r[None, :], ds, mask=mask_mr)
     db_part = db_parts_ptr + tl.program_id(1).to(tl.int64) * N * R
     tl.store(
         db_part + offs_n[:, None] * R + offs_r[None, :],
@@ -72,7 +73,7 @@ def lora_grad_b(
 
     Args:
         dy (Tensor): ``[M, N]``, any strides.
-        s (Tensor): ``[M, R]`` contiguous, in the dtype of dy, with scaling in it.
+        s (Tensor): ``[M, R]``, rows dense, in the dtype of dy, with scaling in it.
         lora_B (Tensor): ``[N, R]``, any strides.
         scaling (float | Tensor): a float, or a 0-dim tensor on dy's device.
         dropout_p (float): puts ``1 / (1 - p)`` into ds. Default: 0.0.
@@ -92,20 +93,20 @@ def lora_grad_b(
         return ds, db
     rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
     splits, column_blocks = cdiv(M, rows_per_split), cdiv(N, c.BLOCK_C)
-    parts = torch.empty(
-        column_blocks * M * R + splits * N * R, dtype=torch.float32, device=dy.device
-    )
-    ds_parts = parts[: column_blocks * M * R].view(column_blocks, M, R)
-    db_parts = parts[column_blocks * M * R :].view(splits, N, R)
+    ds = empty_rows(M, R, dy.dtype, dy.device)
+    db = torch.empty((N, R), dtype=lora_B.dtype, device=dy.device)
+    ds_size = column_blocks * M * ds.stride(0)
+    parts = torch.empty(ds_size + splits * N * R, dtype=torch.float32, device=dy.device)
+    ds_parts = parts[:ds_size].view(column_blocks, M, ds.stride(0))
+    db_parts = parts[ds_size:].view(splits, N, R)
     _lora_grad_b_kernel[(column_blocks, splits)](
         dy, s, lora_B, ds_parts, db_parts, M, N, R, rows_per_split,
-        dy.stride(0), dy.stride(1), lora_B.stride(0), lora_B.stride(1),
+        dy.stride(0), dy.stride(1), s.stride(0), ds.stride(0),
+        lora_B.stride(0), lora_B.stride(1),
         PRECISION=dot_precision(dy.dtype),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
-        num_warps=c.num_warps, num_stages=c.num_stages,
+        num_warps=c.num_warps, num_stages=c.num_stages, **pdl_options(dy.device),
     )  # fmt: skip
-    ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device)
-    db = torch.empty((N, R), dtype=lora_B.dtype, device=dy.device)
     sum_splits(ds_parts, ds, scaling, keep_scale(dropout_p))
     sum_splits(db_parts, db)
     return ds, db

@@ -8,14 +8,26 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import device_properties, dot, dot_precision, fits_tma, has_tma, store_tile, tile_of
+from .common import (
+    add_rank_product,
+    device_properties,
+    dot,
+    dot_precision,
+    enter_kernel,
+    fits_tma,
+    for_tma,
+    has_tma,
+    pdl_options,
+    store_tile,
+    tile_of,
+)
 from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
 from .dropout import load_keep
 
 
 @triton.jit
 def _rank_product(
-    ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_ar, stride_ak,
+    ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_dsm, stride_ar, stride_ak,
     DTYPE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -24,21 +36,11 @@ def _rank_product(
     It comes before the GEMM because the mask must not touch ``dy W0``, and a second accumulator would
     not fit in registers. ds carries scaling and 1 / (1 - p) already.
     """
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_N)
-    for r in tl.range(0, R_STEPS * BLOCK_R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        ds = tl.load(
-            ds_ptr + offs_m[:, None] * R + offs_r[None, :],
-            mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_R]
-        a = tl.load(
-            a_ptr + offs_r[:, None].to(tl.int64) * stride_ar + offs_k[None, :] * stride_ak,
-            mask=(offs_r[:, None] < R) & (offs_k[None, :] < K),
-            other=0.0,
-        )  # [BLOCK_R, BLOCK_N]
-        acc = dot(ds, a.to(DTYPE), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    acc = add_rank_product(
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), ds_ptr, a_ptr,
+        offs_m, start_k.to(tl.int64) + tl.arange(0, BLOCK_N),
+        M, K, R, stride_dsm, stride_ak, stride_ar, DTYPE, PRECISION, R_STEPS, BLOCK_R,
+    )  # fmt: skip
     if HAS_DROPOUT:
         acc = tl.where(load_keep(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_N), acc, 0.0)
     return acc
@@ -46,24 +48,54 @@ def _rank_product(
 
 @triton.jit
 def _lora_grad_x_tma_kernel(
+    dy_desc, w_desc, ds_desc, a_desc, dx_desc, M, N, K, R,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """``dx = [dy ds] [W; A]`` by TMA, no dropout. Grid: persistent, one program an SM.
+
+    Tiles are BLOCK_M x BLOCK_N of dx ``[M, K]``; the sum over N, then R, goes in steps of BLOCK_K.
+    """
+    enter_kernel(PDL)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
+    n_steps = tl.cdiv(N, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        start_m, start_k = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for step in range(0, n_steps + tl.cdiv(R, BLOCK_K)):
+            if step < n_steps:
+                left, right, start_n = dy_desc, w_desc, step * BLOCK_K
+            else:
+                left, right, start_n = ds_desc, a_desc, (step - n_steps) * BLOCK_K
+            a = left.load([start_m, start_n])  # [BLOCK_M, BLOCK_K]
+            b = right.load([start_n, start_k])  # [BLOCK_K, BLOCK_N]
+            acc = dot(a, b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+        store_tile(dx_desc, acc, start_m, start_k, BLOCK_M, BLOCK_N, SUBTILES)
+
+
+@triton.jit
+def _lora_grad_x_dropout_kernel(
     dy_desc, w_desc, dx_desc, ds_ptr, a_ptr, mask_ptr,
-    M, N, K, R, stride_ar, stride_ak,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    M, N, K, R, stride_dsm, stride_ar, stride_ak,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``dx = mask * (ds A) + dy W`` by TMA. Grid: persistent, one program an SM.
 
-    Tiles are BLOCK_M x BLOCK_N of dx ``[M, K]``; the sum over N goes in steps of BLOCK_K.
+    Not flattened: with the masked product in the loop, ptxas waits for every wgmma (2.3 times as slow).
     """
+    enter_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         start_m, start_k = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = _rank_product(
             ds_ptr, a_ptr, mask_ptr, start_m.to(tl.int64) + tl.arange(0, BLOCK_M), start_k,
-            M, K, R, stride_ar, stride_ak,
-            dx_desc.dtype, HAS_DROPOUT, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
+            M, K, R, stride_dsm, stride_ar, stride_ak,
+            dx_desc.dtype, True, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         for n in range(0, tl.cdiv(N, BLOCK_K)):
             dy = dy_desc.load([start_m, n * BLOCK_K])  # [BLOCK_M, BLOCK_K]
@@ -75,12 +107,13 @@ def _lora_grad_x_tma_kernel(
 @triton.jit
 def _lora_grad_x_pointer_kernel(
     dy_ptr, w_ptr, dx_ptr, ds_ptr, a_ptr, mask_ptr,
-    M, N, K, R, stride_dym, stride_dyn, stride_wn, stride_wk, stride_ar, stride_ak,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    M, N, K, R, stride_dym, stride_dyn, stride_wn, stride_wk, stride_dsm, stride_ar, stride_ak,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``dx = mask * (ds A) + dy W`` for any strides. Grid: one program a tile of dx."""
+    enter_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     start_k = tile_n * BLOCK_N
@@ -88,7 +121,7 @@ def _lora_grad_x_pointer_kernel(
     offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_N)
     offs_n = tl.arange(0, BLOCK_K).to(tl.int64)
     acc = _rank_product(
-        ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_ar, stride_ak,
+        ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_dsm, stride_ar, stride_ak,
         dx_ptr.dtype.element_ty, HAS_DROPOUT, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     for n in range(0, N, BLOCK_K):
@@ -118,7 +151,7 @@ def lora_grad_x(
     Args:
         dy (Tensor): ``[M, N]``, any strides.
         weight (Tensor): ``[N, K]`` in the dtype of dy, any strides.
-        ds (Tensor): ``[M, R]`` contiguous, with scaling and 1 / (1 - p) in it, as `lora_grad_b` gives it.
+        ds (Tensor): ``[M, R]``, rows dense, with scaling and 1 / (1 - p) in it: from `lora_grad_b`.
         lora_A (Tensor): ``[R, K]``, any strides, cast to the dtype of dy for the product.
         mask (Tensor | None): packed keep mask of `lora_shrink`. Default: ``None``, all kept.
 
@@ -127,31 +160,42 @@ def lora_grad_x(
     """
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    precision, block_r = dot_precision(dy.dtype), rank_step(R, dy.element_size())
+    itemsize, precision = dy.element_size(), dot_precision(dy.dtype)
     major, num_sms = device_properties(dy.device)
-    flags = {
-        "HAS_DROPOUT": mask is not None,
-        "PRECISION": precision,
-        "R_STEPS": cdiv(R, block_r),
-        "BLOCK_R": block_r,
-    }
-    if has_tma(major) and precision == "tf32" and fits_tma(dy, weight, dx):
-        c = gemm_tma_config(M, K, R, dy.element_size(), num_sms)
-        _lora_grad_x_tma_kernel[(min(num_sms, cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)),)](
-            TensorDescriptor.from_tensor(dy, [c.BLOCK_M, c.BLOCK_K]),
-            TensorDescriptor.from_tensor(weight, [c.BLOCK_K, c.BLOCK_N]),
-            TensorDescriptor.from_tensor(dx, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
-            ds, lora_A, mask, M, N, K, R, lora_A.stride(0), lora_A.stride(1),
-            BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-            SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages, **flags,
+    options = {"PRECISION": precision, **pdl_options(dy.device)}
+    pointer = not (has_tma(major) and precision == "tf32" and fits_tma(dy, weight, dx))
+    c = (
+        gemm_pointer_config(itemsize, precision)
+        if pointer
+        else gemm_tma_config(M, K, itemsize, num_sms, R if mask is not None else None)
+    )
+    options |= {
+        "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M,
+        "num_warps": c.num_warps, "num_stages": c.num_stages,
+    }  # fmt: skip
+    tiles = cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)
+    ranks = {"R_STEPS": cdiv(R, rank_step(R, itemsize)), "BLOCK_R": rank_step(R, itemsize)}
+    if pointer:
+        _lora_grad_x_pointer_kernel[(tiles,)](
+            dy, weight, dx, ds, lora_A, mask, M, N, K, R,
+            dy.stride(0), dy.stride(1), weight.stride(0), weight.stride(1),
+            ds.stride(0), lora_A.stride(0), lora_A.stride(1),
+            HAS_DROPOUT=mask is not None, **ranks, **options,
         )  # fmt: skip
         return dx
-    c = gemm_pointer_config(dy.element_size(), precision)
-    _lora_grad_x_pointer_kernel[(cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N),)](
-        dy, weight, dx, ds, lora_A, mask, M, N, K, R,
-        dy.stride(0), dy.stride(1), weight.stride(0), weight.stride(1),
-        lora_A.stride(0), lora_A.stride(1),
-        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-        num_warps=c.num_warps, num_stages=c.num_stages, **flags,
-    )  # fmt: skip
+    dy_desc = TensorDescriptor.from_tensor(dy, [c.BLOCK_M, c.BLOCK_K])
+    w_desc = TensorDescriptor.from_tensor(weight, [c.BLOCK_K, c.BLOCK_N])
+    dx_desc = TensorDescriptor.from_tensor(dx, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES])
+    if mask is not None:
+        _lora_grad_x_dropout_kernel[(min(num_sms, tiles),)](
+            dy_desc, w_desc, dx_desc, ds, lora_A, mask, M, N, K, R,
+            ds.stride(0), lora_A.stride(0), lora_A.stride(1),
+            SUBTILES=c.SUBTILES, **ranks, **options,
+        )  # fmt: skip
+        return dx
+    ds_desc = TensorDescriptor.from_tensor(for_tma(ds, dy.dtype), [c.BLOCK_M, c.BLOCK_K])
+    a_desc = TensorDescriptor.from_tensor(for_tma(lora_A, dy.dtype), [c.BLOCK_K, c.BLOCK_N])
+    _lora_grad_x_tma_kernel[(min(num_sms, tiles),)](
+        dy_desc, w_desc, ds_desc, a_desc, dx_desc, M, N, K, R, SUBTILES=c.SUBTILES, **options
+    )
     return dx

@@ -7,39 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, dot_precision, load_scaling
+from .common import dot, dot_precision, empty_rows, enter_kernel, load_scaling, pdl_options
 from .config import cdiv, dropout_threshold, keep_scale, rank_block, shrink_config
 from .dropout import keep_bits, unpack_bits
 
 
 @triton.jit
 def _lora_shrink_kernel(
-    x_ptr,
-    a_ptr,
-    s_ptr,
-    mask_ptr,
-    scaling,
-    seed_ptr,
-    threshold,
-    keep_scale,
-    M,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
-    SCALING_IS_TENSOR: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    x_ptr, a_ptr, s_ptr, mask_ptr, scaling, seed_ptr, threshold, keep_scale,
+    M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
+    SCALING_IS_TENSOR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """``s[m, r] = scaling * keep_scale * sum_k keep[m, k] x[m, k] A[r, k]``.
 
     Grid: ``cdiv(M, BLOCK_M)``; a program takes its rows over all of K and writes their keep bits too.
     """
+    enter_kernel(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -71,7 +55,7 @@ def _lora_shrink_kernel(
         acc = dot(x, a.to(x.dtype), acc, PRECISION)  # [BLOCK_M, BLOCK_R]
     acc *= load_scaling(scaling, SCALING_IS_TENSOR) * keep_scale
     tl.store(
-        s_ptr + offs_m[:, None] * R + offs_r[None, :],
+        s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
         acc.to(s_ptr.dtype.element_ty),
         mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
     )
@@ -96,37 +80,22 @@ def lora_shrink(
         factor (float): one more factor, applied in fp32. Default: 1.0.
 
     Returns:
-        tuple: s ``[M, R]`` in the dtype of x, and the mask uint8 ``[M, ceil(K / 8)]`` (bit ``k % 8`` of
-        byte ``k // 8`` is 1 where kept) or ``None`` without dropout.
+        tuple: s ``[M, R]`` in the dtype of x, its rows padded to 16 bytes, and the mask: uint8
+        ``[M, ceil(K / 8)]`` (bit ``k % 8`` of byte ``k // 8`` is 1 where kept), ``None`` without dropout.
     """
     (M, K), R = x.shape, lora_A.shape[0]
-    config = shrink_config(x.element_size(), R)
+    precision = dot_precision(x.dtype)
+    config = shrink_config(x.element_size(), R, precision)
     has_dropout = dropout_p > 0
-    s = torch.empty((M, R), dtype=x.dtype, device=x.device)
+    s = empty_rows(M, R, x.dtype, x.device)
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
     _lora_shrink_kernel[(cdiv(M, config.BLOCK_M),)](
-        x,
-        lora_A,
-        s,
-        mask,
-        scaling,
-        seed,
-        dropout_threshold(dropout_p),
-        keep_scale(dropout_p) * factor,
-        M,
-        K,
-        R,
-        x.stride(0),
-        x.stride(1),
-        lora_A.stride(0),
-        lora_A.stride(1),
-        SCALING_IS_TENSOR=isinstance(scaling, Tensor),
-        HAS_DROPOUT=has_dropout,
-        PRECISION=dot_precision(x.dtype),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_K=config.BLOCK_K,
-        BLOCK_R=rank_block(R),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        x, lora_A, s, mask, scaling, seed, dropout_threshold(dropout_p),
+        keep_scale(dropout_p) * factor, M, K, R,
+        x.stride(0), x.stride(1), lora_A.stride(0), lora_A.stride(1), s.stride(0),
+        SCALING_IS_TENSOR=isinstance(scaling, Tensor), HAS_DROPOUT=has_dropout,
+        PRECISION=precision,
+        BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=rank_block(R),
+        num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(x.device),
+    )  # fmt: skip
     return s, mask

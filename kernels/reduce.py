@@ -6,16 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import load_scaling
+from .common import enter_kernel, load_scaling, pdl_options
 from .config import cdiv
 
 
 @triton.jit
 def _sum_splits_kernel(
     parts_ptr, out_ptr, scaling, factor, size, splits,
-    SCALING_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+    SCALING_IS_TENSOR: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out[i] = scaling * factor * sum_j parts[j, i]``. Grid: ``cdiv(size, BLOCK)``."""
+    enter_kernel(PDL)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for j in range(0, splits):
@@ -28,16 +29,17 @@ def _sum_splits_kernel(
 def sum_splits(
     parts: Tensor, out: Tensor, scaling: float | Tensor = 1.0, factor: float = 1.0
 ) -> None:
-    """``out = scaling * factor * parts.sum(0)``, in fp32, rounded once.
+    """``out = scaling * factor * parts.sum(0)``, in fp32, rounded once; row padding is summed with it.
 
     Args:
-        parts (Tensor): fp32 ``[splits, *out.shape]``, contiguous.
-        out (Tensor): contiguous, written in its own dtype.
+        parts (Tensor): fp32 ``[splits, ...]``, contiguous.
+        out (Tensor): laid out as ``parts[0]``, written in its own dtype.
         scaling (float | Tensor): a float, or a 0-dim tensor on the device. Default: 1.0.
         factor (float): one more factor. Default: 1.0.
     """
-    size, block = out.numel(), 256
+    size, block = parts[0].numel(), 256
     _sum_splits_kernel[(cdiv(size, block),)](
         parts, out, scaling, float(factor), size, parts.shape[0],
         SCALING_IS_TENSOR=isinstance(scaling, Tensor), BLOCK=block, num_warps=4,
+        **pdl_options(out.device),
     )  # fmt: skip

@@ -1,0 +1,292 @@
+"""Compile every kernel for real GPUs on a machine that may have none, and say what came out.
+
+``python tests/compile_kernels.py [WORD]`` prints a table (of the cases whose name holds WORD), with
+``--json`` for `test_compile.py`. The launchers themselves run, on meta tensors, with a Triton driver
+that names the target and launches nothing; so arguments, their specialisation and the launch
+configurations are those of a real call, and nothing about them is repeated here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+NUM_SMS = {80: 108, 90: 132, 100: 148, 120: 170}  # A100, H100, B200, RTX 5090
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "ieee": torch.float32,
+}
+INSTRUCTIONS = ("HGMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG", "LDGSTS", "STL", "LDL")
+WORKERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of a launcher: ``[M, K]`` x, ``[N, K]`` weight, rank R, on ``sm_{arch}``."""
+
+    op: str
+    arch: int
+    dtype: str = "bf16"
+    R: int = 16
+    dropout: bool = False
+    bias: bool = False
+    fp32_adapters: bool = False
+    tensor_scaling: bool = False
+    M: int = 8192
+    K: int = 4096
+    N: int = 4096
+
+    @property
+    def name(self) -> str:
+        """What differs from the defaults, in words."""
+        flags = [f for f in ("dropout", "bias", "fp32_adapters", "tensor_scaling") if vars(self)[f]]
+        shape = f"{self.M}x{self.K}x{self.N}"
+        return "-".join([self.op, f"sm{self.arch}", self.dtype, f"r{self.R}", shape, *flags])
+
+
+def cases() -> list[Case]:
+    """A cover, not a product: each kernel with each dtype, each tile size and each flag at least once."""
+    odd = {
+        "M": 1000,
+        "K": 4099,
+        "N": 4101,
+    }  # rows that TMA cannot address, sizes that no tile divides
+    few = {"M": 1024}  # fewer tiles than SMs
+    found = [
+        Case("forward", 90),
+        Case("forward", 90, R=16, bias=True, **few),
+        Case("forward", 90, R=64, fp32_adapters=True),
+        Case("forward", 90, R=128, bias=True, fp32_adapters=True),
+        Case("forward", 90, R=256),
+        Case("forward", 90, "fp16", R=32),
+        Case("forward", 90, "tf32", bias=True),
+        Case("forward", 90, "tf32", R=64),
+        Case("forward", 90, "tf32", R=128, **few),
+        Case("forward", 90, "ieee"),
+        Case("forward", 90, R=64, **odd),
+        Case("grad_x", 90),
+        Case("grad_x", 90, dropout=True),
+        Case("grad_x", 90, R=16, dropout=True, **few),
+        Case("grad_x", 90, R=64, dropout=True, fp32_adapters=True),
+        Case("grad_x", 90, R=256, dropout=True),
+        Case("grad_x", 90, "fp16", R=32, dropout=True),
+        Case("grad_x", 90, "tf32", dropout=True),
+        Case("grad_x", 90, "tf32", R=64, dropout=True),
+        Case("grad_x", 90, "tf32", R=128, **few),
+        Case("grad_x", 90, "ieee", dropout=True),
+        Case("grad_x", 90, R=64, dropout=True, **odd),
+        Case("forward", 80, bias=True),
+        Case("forward", 80, R=64, fp32_adapters=True),
+        Case("forward", 80, R=256, **odd),
+        Case("grad_x", 80, dropout=True),
+        Case("grad_x", 80, R=64, fp32_adapters=True),
+        Case("grad_x", 80, R=256, dropout=True, **odd),
+    ]
+    for op in ("forward", "grad_x"):
+        drop = {"dropout": op == "grad_x"}
+        found += [Case(op, 80, "fp16", **drop), Case(op, 80, "ieee", R=64, **drop)]
+        found += [Case(op, 80, "tf32", **drop), Case(op, 80, "tf32", R=256, **drop)]
+    for arch in (80, 90):
+        for op in ("shrink", "grad_a"):
+            for rank in (16, 64, 128, 256):
+                found += [Case(op, arch, R=rank), Case(op, arch, R=rank, dropout=True)]
+            found += [
+                Case(op, arch, R=16, dropout=True, fp32_adapters=True, tensor_scaling=True),
+                Case(op, arch, "fp16", R=64, dropout=True),
+                Case(op, arch, "tf32", R=16),
+                Case(op, arch, "tf32", R=256, dropout=True),
+                Case(op, arch, "ieee", R=64, dropout=True),
+                Case(op, arch, R=8, dropout=True, **odd),
+            ]
+        found += [
+            Case("grad_b", arch, R=16),
+            Case("grad_b", arch, R=32, fp32_adapters=True, tensor_scaling=True),
+            Case("grad_b", arch, R=64),
+            Case("grad_b", arch, R=256, fp32_adapters=True),
+            Case("grad_b", arch, "fp16", R=16),
+            Case("grad_b", arch, "tf32", R=32),
+            Case("grad_b", arch, "ieee", R=16),
+            Case("grad_b", arch, R=8, **odd),
+        ]
+    for arch in (100, 120):
+        found += [Case("forward", arch, bias=True), Case("grad_x", arch, R=64, dropout=True)]
+        found += [Case("shrink", arch, dropout=True), Case("grad_a", arch, R=64, dropout=True)]
+        found += [Case("grad_b", arch), Case("forward", arch, "tf32", R=64)]
+    return found
+
+
+class NoGPUDriver:
+    """What `JITFunction.run` asks of a driver before a launch; one device id per architecture."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        """Name the architecture to compile for."""
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        """Name the device, the key of Triton's cache in memory."""
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        """Name the stream, which nothing is launched on."""
+        return 0
+
+
+def kernel_modules() -> dict[str, Any]:
+    """Import every file of kernels/, so that a new one cannot be forgotten."""
+    package = importlib.import_module("fastlora.kernels")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return {name: importlib.import_module(f"fastlora.kernels.{name}") for name in names}
+
+
+def kernel_names() -> list[str]:
+    """Every kernel of the library: each jitted function named ``_..._kernel``."""
+    return sorted(
+        {
+            name
+            for module in kernel_modules().values()
+            for name, value in vars(module).items()
+            if isinstance(value, triton.JITFunction) and re.fullmatch("_.*_kernel", name)
+        }
+    )
+
+
+def call(case: Case) -> None:
+    """Call the launcher of a case on meta tensors."""
+    modules = kernel_modules()
+    for module in modules.values():
+        if hasattr(module, "device_properties"):
+            module.device_properties = lambda device: (case.arch // 10, NUM_SMS[case.arch])
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    new = functools.partial(torch.empty, device="meta")
+    dtype = DTYPES[case.dtype]
+    adapter = torch.float32 if case.fp32_adapters else dtype
+    M, K, N, R = case.M, case.K, case.N, case.R
+    x, dy, w = new((M, K), dtype=dtype), new((M, N), dtype=dtype), new((N, K), dtype=dtype)
+    lora_A, lora_B = new((R, K), dtype=adapter), new((N, R), dtype=adapter)
+    s = new((M, R), dtype=dtype)
+    scaling: float | Tensor = new((), dtype=torch.float32) if case.tensor_scaling else 2.0
+    p, seed, mask = 0.0, None, None
+    if case.dropout:
+        p, seed = 0.1, new((), dtype=torch.int64)
+        mask = new((M, (K + 7) // 8), dtype=torch.uint8)
+    launch: dict[str, Callable[[], object]] = {
+        "shrink": lambda: modules["lora_shrink"].lora_shrink(x, lora_A, scaling, p, seed),
+        "forward": lambda: modules["lora_forward"].lora_forward(
+            x, w, s, lora_B, new((N,), dtype=dtype) if case.bias else None
+        ),
+        "grad_b": lambda: modules["lora_grad_b"].lora_grad_b(dy, s, lora_B, scaling, p),
+        "grad_x": lambda: modules["lora_grad_x"].lora_grad_x(dy, w, s, lora_A, mask),
+        "grad_a": lambda: modules["lora_grad_a"].lora_grad_a(x, s, mask, adapter),
+    }
+    launch[case.op]()
+
+
+def tool(name: str, *args: str) -> str:
+    """Run a CUDA binary tool of Triton's own."""
+    path = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def inspect(kernel: Any) -> dict[str, Any]:
+    """Read registers, stack, shared memory and instructions from a compiled kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage, sass = tool("cuobjdump", "-res-usage", str(cubin)), tool("nvdisasm", str(cubin))
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
+    encodings = re.findall(
+        r"ttng\.warp_group_dot .* : tensor<[^,]*, (#\S+?)[<>]", kernel.asm["ttgir"]
+    )
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "spills": counts["STL"] + counts["LDL"],
+        "shared": kernel.metadata.shared,
+        "register_wgmma": sum(e == "#ttg.dot_op" for e in encodings),
+        "counts": counts,
+    }
+
+
+def compile_case(case: Case) -> list[dict[str, Any]]:
+    """Compile what a case would launch: a row for every kernel, or one with an error."""
+    driver.set_active(NoGPUDriver(case.arch))
+    compiled: dict[str, Any] = {}
+    original = triton.JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool = True, **kwargs: Any) -> Any:
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[self.__name__] = kernel
+        return kernel
+
+    triton.JITFunction.run = record
+    head = {"case": case.name, **dataclasses.asdict(case)}
+    try:
+        call(case)
+    except Exception as error:  # a pass of Triton's that fails raises RuntimeError, ptxas its own
+        return [{**head, "kernel": "?", "error": f"{type(error).__name__}: {error}"[-500:]}]
+    finally:
+        triton.JITFunction.run = original
+    return [{**head, "kernel": name, **inspect(kernel)} for name, kernel in compiled.items()]
+
+
+def compile_all(word: str = "") -> list[dict[str, Any]]:
+    """Compile every case whose name holds ``word``."""
+    wanted = [case for case in cases() if word in case.name]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
+        return [row for rows in pool.map(compile_case, wanted) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("word", nargs="?", default="", help="only cases whose name holds it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    rows = compile_all(args.word)
+    if args.json:
+        failed, rows = [r for r in rows if "error" in r], [r for r in rows if "error" not in r]
+        print(json.dumps({"kernels": kernel_names(), "rows": rows, "failed": failed}))
+        return
+    print(f"triton {triton.__version__}")
+    print(f"{'case':58} {'kernel':30} {'regs':>4} {'spill':>5} {'shared':>7}  instructions")
+    for row in rows:
+        if "error" in row:
+            print(f"{row['case']:58} {row['error']}")
+            continue
+        counts = " ".join(f"{k}:{v}" for k, v in row["counts"].items() if v)
+        counts += f" register-wgmma:{row['register_wgmma']}" if row["register_wgmma"] else ""
+        print(
+            f"{row['case']:58} {row['kernel']:30} {row['registers']:4} {row['spills']:5} "
+            f"{row['shared']:7}  {counts}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Every kernel compiles for sm_80 and sm_90, some for newer GPUs too, on any machine.
+
+`compile_kernels.py` runs the launchers for it, in a process of its own: the other tests run kernels
+in Triton's interpreter, which is chosen when a kernel is decorated. An empty cache makes it honest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).resolve().parent
+# Shared memory that one program may have, in bytes.
+SMALLEST_SHARED = 101_376  # sm_86, sm_89, sm_120: the pointer kernels run there too
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: SMALLEST_SHARED}
+FULLY_COVERED = (80, 90)
+GEMMS = {
+    "_lora_forward_tma_kernel",
+    "_lora_grad_x_tma_kernel",
+    "_lora_grad_x_dropout_kernel",
+}
+NO_PRODUCT = {"_sum_splits_kernel"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), env.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_kernels.py"), "--json"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def rows(compiled):
+    assert len(compiled["rows"]) >= 100
+    return compiled["rows"]
+
+
+@pytest.fixture(scope="module")
+def products(rows):
+    """The rows with a matrix product, on the architectures whose instructions are checked."""
+    return [r for r in rows if r["kernel"] not in NO_PRODUCT and r["arch"] in FULLY_COVERED]
+
+
+def allowed_spills(row) -> int:
+    """How many instructions may touch spilled registers.
+
+    None where speed is promised: 16-bit, ranks up to 64, aligned sizes. Beyond that a kernel at 255
+    registers spills a few or not from one ptxas to the next; sizes that no vector load fits, and fp32
+    without tensor cores, hold an address or a product an element.
+    """
+    if row["K"] % 8 != 0 or row["dtype"] == "ieee":
+        return 300
+    return 0 if row["dtype"] in ("bf16", "fp16") and row["R"] <= 64 else 128
+
+
+def without(rows, holds, *keys):
+    """Name the rows for which ``holds`` is false, with what they have under ``keys``."""
+    return [
+        (row["case"], row["kernel"], *(row[key] for key in keys)) for row in rows if not holds(row)
+    ]
+
+
+def test_every_case_compiles(compiled):
+    assert not without(compiled["failed"], lambda row: False, "error")
+
+
+def test_every_kernel_is_compiled(compiled):
+    for arch in FULLY_COVERED:
+        kernels = {row["kernel"] for row in compiled["rows"] if row["arch"] == arch}
+        wanted = set(compiled["kernels"])
+        assert kernels == (wanted if arch == 90 else wanted - GEMMS)
+
+
+@pytest.mark.parametrize("arch", FULLY_COVERED)
+def test_every_dtype_is_compiled(rows, arch):
+    dtypes = {(row["op"], row["dtype"]) for row in rows if row["arch"] == arch}
+    assert dtypes == {
+        (op, dtype)
+        for op in ("shrink", "forward", "grad_b", "grad_x", "grad_a")
+        for dtype in ("bf16", "fp16", "tf32", "ieee")
+    }
+
+
+def test_spills_are_within_the_stated_limits(rows):
+    covered = [row for row in rows if row["arch"] in FULLY_COVERED]
+    assert not without(covered, lambda row: row["spills"] <= allowed_spills(row), "spills")
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_shared_memory_fits(rows, arch):
+    of_arch = [row for row in rows if row["arch"] == arch]
+    assert not without(of_arch, lambda row: row["shared"] <= SHARED[arch], "shared")
+
+
+def test_pointer_kernels_fit_every_gpu_since_sm80(rows):
+    ampere = [row for row in rows if row["arch"] == 80]
+    assert not without(ampere, lambda row: row["shared"] <= SMALLEST_SHARED, "shared")
+
+
+def test_products_run_on_tensor_cores(products):
+    tensor = [row for row in products if row["dtype"] != "ieee"]
+    assert not without(tensor, lambda row: row["counts"]["HMMA"] or row["counts"]["HGMMA"])
+    assert not without(tensor, lambda row: row["arch"] == 90 or not row["counts"]["HGMMA"])
+
+
+def test_fp32_without_tf32_is_exact_fma(products):
+    ieee = [row for row in products if row["dtype"] == "ieee"]
+    assert not without(ieee, lambda row: row["counts"]["FFMA"] >= 256)
+    assert not without(ieee, lambda row: not (row["counts"]["HMMA"] or row["counts"]["HGMMA"]))
+
+
+def test_aligned_gemms_of_hopper_use_wgmma_and_tma(rows):
+    wanted = [
+        row
+        for row in rows
+        if row["arch"] == 90
+        and row["op"] in ("forward", "grad_x")
+        and row["dtype"] != "ieee"
+        and row["K"] % 8 == 0
+    ]
+    assert {row["kernel"] for row in wanted} == GEMMS
+    for name in ("HGMMA", "UTMALDG", "UTMASTG"):
+        assert not without(wanted, lambda row, name=name: row["counts"][name] > 0)
+
+
+def test_loads_are_pipelined(products):
+    # cp.async or TMA; loads that fit no vector of 4 bytes cannot be, and are left out.
+    aligned = [row for row in products if row["K"] % 8 == 0]
+    assert not without(aligned, lambda row: row["counts"]["LDGSTS"] + row["counts"]["UTMALDG"] > 0)
+
+
+def test_no_wgmma_reads_a_changed_operand_from_registers(rows):
+    # ptxas before 13.3 can miscompile that inside a pipelined loop (triton#9433).
+    dropout = [row for row in rows if row["dropout"]]
+    assert not without(dropout, lambda row: row["register_wgmma"] == 0, "register_wgmma")
