@@ -28,7 +28,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _philox_4x32(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10 (Salmon et al., 2011) of counters ``(c0, c1, 0, 0)``, in int64 arithmetic."""
+    """Philox-4x32 (Salmon et al., 2011) of counters ``(c0, c1, 0, 0)``, in int64 arithmetic."""
     k0, k1 = seed & _MASK_32, (seed >> 32) & _MASK_32
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(PHILOX_ROUNDS):

@@ -20,11 +20,13 @@ def keep_bits(seed, rows, groups, threshold):
     c0, c1 = tl.broadcast(groups.to(tl.uint32), rows.to(tl.uint32))  # [BLOCK_M, BLOCK_K/8]
     zero = c0 * 0
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero, _ROUNDS)
-    t = zero + threshold  # not threshold.to(): an argument of 1 arrives as a constexpr
-    bits = ((w0 & 0xFFFF) >= t).to(tl.int32) | (((w0 >> 16) >= t).to(tl.int32) << 1)
-    bits |= (((w1 & 0xFFFF) >= t).to(tl.int32) << 2) | (((w1 >> 16) >= t).to(tl.int32) << 3)
-    bits |= (((w2 & 0xFFFF) >= t).to(tl.int32) << 4) | (((w2 >> 16) >= t).to(tl.int32) << 5)
-    bits |= (((w3 & 0xFFFF) >= t).to(tl.int32) << 6) | (((w3 >> 16) >= t).to(tl.int32) << 7)
+    # A draw is the high half of a word, or its low half shifted up: both then compare with the same
+    # 32 bits, strictly, so that a threshold of 65536 keeps nothing.
+    t = ((zero + threshold) << 16) - 1
+    bits = ((w0 << 16) > t).to(tl.int32) | ((w0 > t).to(tl.int32) << 1)
+    bits |= (((w1 << 16) > t).to(tl.int32) << 2) | ((w1 > t).to(tl.int32) << 3)
+    bits |= (((w2 << 16) > t).to(tl.int32) << 4) | ((w2 > t).to(tl.int32) << 5)
+    bits |= (((w3 << 16) > t).to(tl.int32) << 6) | ((w3 > t).to(tl.int32) << 7)
     return bits  # [BLOCK_M, BLOCK_K/8]
 
 

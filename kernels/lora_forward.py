@@ -13,13 +13,13 @@ from .common import (
     device_properties,
     dot,
     dot_precision,
-    enter_kernel,
     fits_tma,
     for_tma,
+    has_pdl,
     has_tma,
-    pdl_options,
     store_tile,
     tile_of,
+    wait_for_previous_kernel,
 )
 from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
 
@@ -42,7 +42,7 @@ def _lora_forward_tma_kernel(
     The rank product is the last steps of the K loop, read from other tensors: one pipeline for both,
     which a product after the loop would drain. Flattening prefetches the next tile during a store.
     """
-    enter_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     k_steps = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
@@ -66,12 +66,11 @@ def _lora_forward_tma_kernel(
 def _lora_forward_pointer_kernel(
     x_ptr, w_ptr, y_ptr, s_ptr, b_ptr, bias_ptr,
     M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``y = x W^T + s B^T + bias`` for any strides. Grid: one program a tile of y."""
-    enter_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -122,12 +121,9 @@ def lora_forward(
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     precision = dot_precision(x.dtype)
     major, num_sms = device_properties(x.device)
-    options = {
-        "HAS_BIAS": bias is not None,
-        "PRECISION": precision,
-        **pdl_options(x.device),
-    }
+    options = {"HAS_BIAS": bias is not None, "PRECISION": precision}
     if has_tma(major) and precision == "tf32" and fits_tma(x, weight, y):
+        pdl = has_pdl(x.device)
         c = gemm_tma_config(M, N, x.element_size(), num_sms)
         _lora_forward_tma_kernel[(min(num_sms, cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)),)](
             TensorDescriptor.from_tensor(x, [c.BLOCK_M, c.BLOCK_K]),
@@ -137,7 +133,8 @@ def lora_forward(
             TensorDescriptor.from_tensor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
             bias, M, N, K, R,
             BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-            SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages, **options,
+            SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
+            PDL=pdl, launch_pdl=pdl, **options,
         )  # fmt: skip
         return y
     c, block_r = gemm_pointer_config(x.element_size(), precision), rank_step(R, x.element_size())

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_properties, dot, dot_precision, enter_kernel, pdl_options
+from .common import device_properties, dot, dot_precision
 from .config import cdiv, grad_a_config, rank_block
 from .dropout import load_keep
 from .reduce import sum_splits
@@ -17,7 +17,7 @@ from .reduce import sum_splits
 def _lora_grad_a_kernel(
     x_ptr, ds_ptr, mask_ptr, parts_ptr,
     M, K, R, rows_per_split, stride_xm, stride_xk, stride_dsm,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``parts[split, r, k] = sum_m ds[m, r] keep[m, k] x[m, k]`` over the rows of a split.
@@ -25,7 +25,6 @@ def _lora_grad_a_kernel(
     Grid: ``(cdiv(K, BLOCK_C), splits)``. The masked operand is the right one: a wgmma reads it from
     shared memory, so the register-operand hazard of ptxas (triton#9433) does not arise.
     """
-    enter_kernel(PDL)
     start_k = tl.program_id(0) * BLOCK_C
     offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
@@ -81,7 +80,7 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) 
         x, ds, mask, parts, M, K, R, rows_per_split, x.stride(0), x.stride(1), ds.stride(0),
         HAS_DROPOUT=mask is not None, PRECISION=precision,
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
-        num_warps=c.num_warps, num_stages=c.num_stages, **pdl_options(x.device),
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     if splits > 1:
         sum_splits(parts, out)

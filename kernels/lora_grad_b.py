@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_properties, dot, dot_precision, empty_rows, enter_kernel, pdl_options
+from .common import device_properties, dot, dot_precision, empty_rows
 from .config import cdiv, grad_b_config, keep_scale, rank_block
 from .lora_grad_a import lora_grad_a
 from .lora_shrink import lora_shrink
@@ -18,7 +18,7 @@ from .reduce import sum_splits
 def _lora_grad_b_kernel(
     dy_ptr, s_ptr, b_ptr, ds_parts_ptr, db_parts_ptr,
     M, N, R, rows_per_split, stride_dym, stride_dyn, stride_sm, stride_dsm, stride_bn, stride_br,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Partial sums: ``ds`` over a block of columns, ``dB`` over a split of rows.
@@ -26,7 +26,6 @@ def _lora_grad_b_kernel(
     Grid: ``(cdiv(N, BLOCK_C), splits)``. A program keeps its ``B`` and ``dB`` columns and walks down
     its rows of dy; neither product changes an operand in registers.
     """
-    enter_kernel(PDL)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
     first = tl.program_id(1).to(tl.int64) * rows_per_split
@@ -105,7 +104,7 @@ def lora_grad_b(
         lora_B.stride(0), lora_B.stride(1),
         PRECISION=dot_precision(dy.dtype),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
-        num_warps=c.num_warps, num_stages=c.num_stages, **pdl_options(dy.device),
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     sum_splits(ds_parts, ds, scaling, keep_scale(dropout_p))
     sum_splits(db_parts, db)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,13 +15,13 @@ from .common import (
     device_properties,
     dot,
     dot_precision,
-    enter_kernel,
     fits_tma,
     for_tma,
+    has_pdl,
     has_tma,
-    pdl_options,
     store_tile,
     tile_of,
+    wait_for_previous_kernel,
 )
 from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
 from .dropout import load_keep
@@ -57,7 +59,7 @@ def _lora_grad_x_tma_kernel(
 
     Tiles are BLOCK_M x BLOCK_N of dx ``[M, K]``; the sum over N, then R, goes in steps of BLOCK_K.
     """
-    enter_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
     n_steps = tl.cdiv(N, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
@@ -87,7 +89,7 @@ def _lora_grad_x_dropout_kernel(
 
     Not flattened: with the masked product in the loop, ptxas waits for every wgmma (2.3 times as slow).
     """
-    enter_kernel(PDL)
+    wait_for_previous_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
@@ -108,12 +110,11 @@ def _lora_grad_x_dropout_kernel(
 def _lora_grad_x_pointer_kernel(
     dy_ptr, w_ptr, dx_ptr, ds_ptr, a_ptr, mask_ptr,
     M, N, K, R, stride_dym, stride_dyn, stride_wn, stride_wk, stride_dsm, stride_ar, stride_ak,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``dx = mask * (ds A) + dy W`` for any strides. Grid: one program a tile of dx."""
-    enter_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     start_k = tile_n * BLOCK_N
@@ -162,7 +163,7 @@ def lora_grad_x(
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
     itemsize, precision = dy.element_size(), dot_precision(dy.dtype)
     major, num_sms = device_properties(dy.device)
-    options = {"PRECISION": precision, **pdl_options(dy.device)}
+    options: dict[str, Any] = {"PRECISION": precision}
     pointer = not (has_tma(major) and precision == "tf32" and fits_tma(dy, weight, dx))
     c = (
         gemm_pointer_config(itemsize, precision)
@@ -183,6 +184,7 @@ def lora_grad_x(
             HAS_DROPOUT=mask is not None, **ranks, **options,
         )  # fmt: skip
         return dx
+    options |= {"SUBTILES": c.SUBTILES, "PDL": has_pdl(dy.device), "launch_pdl": has_pdl(dy.device)}
     dy_desc = TensorDescriptor.from_tensor(dy, [c.BLOCK_M, c.BLOCK_K])
     w_desc = TensorDescriptor.from_tensor(weight, [c.BLOCK_K, c.BLOCK_N])
     dx_desc = TensorDescriptor.from_tensor(dx, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES])
@@ -190,12 +192,12 @@ def lora_grad_x(
         _lora_grad_x_dropout_kernel[(min(num_sms, tiles),)](
             dy_desc, w_desc, dx_desc, ds, lora_A, mask, M, N, K, R,
             ds.stride(0), lora_A.stride(0), lora_A.stride(1),
-            SUBTILES=c.SUBTILES, **ranks, **options,
+            **ranks, **options,
         )  # fmt: skip
         return dx
     ds_desc = TensorDescriptor.from_tensor(for_tma(ds, dy.dtype), [c.BLOCK_M, c.BLOCK_K])
     a_desc = TensorDescriptor.from_tensor(for_tma(lora_A, dy.dtype), [c.BLOCK_K, c.BLOCK_N])
     _lora_grad_x_tma_kernel[(min(num_sms, tiles),)](
-        dy_desc, w_desc, ds_desc, a_desc, dx_desc, M, N, K, R, SUBTILES=c.SUBTILES, **options
+        dy_desc, w_desc, ds_desc, a_desc, dx_desc, M, N, K, R, **options
     )
     return dx

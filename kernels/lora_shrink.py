@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, dot_precision, empty_rows, enter_kernel, load_scaling, pdl_options
+from .common import dot, dot_precision, empty_rows, has_pdl, let_next_kernel_start, load_scaling
 from .config import cdiv, dropout_threshold, keep_scale, rank_block, shrink_config
 from .dropout import keep_bits, unpack_bits
 
@@ -23,7 +23,7 @@ def _lora_shrink_kernel(
 
     Grid: ``cdiv(M, BLOCK_M)``; a program takes its rows over all of K and writes their keep bits too.
     """
-    enter_kernel(PDL)
+    let_next_kernel_start(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -96,6 +96,6 @@ def lora_shrink(
         SCALING_IS_TENSOR=isinstance(scaling, Tensor), HAS_DROPOUT=has_dropout,
         PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=rank_block(R),
-        num_warps=config.num_warps, num_stages=config.num_stages, **pdl_options(x.device),
+        num_warps=config.num_warps, num_stages=config.num_stages, PDL=has_pdl(x.device),
     )  # fmt: skip
     return s, mask

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import enter_kernel, load_scaling, pdl_options
+from .common import has_pdl, let_next_kernel_start, load_scaling
 from .config import cdiv
 
 
@@ -16,7 +16,7 @@ def _sum_splits_kernel(
     SCALING_IS_TENSOR: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out[i] = scaling * factor * sum_j parts[j, i]``. Grid: ``cdiv(size, BLOCK)``."""
-    enter_kernel(PDL)
+    let_next_kernel_start(PDL)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for j in range(0, splits):
@@ -41,5 +41,5 @@ def sum_splits(
     _sum_splits_kernel[(cdiv(size, block),)](
         parts, out, scaling, float(factor), size, parts.shape[0],
         SCALING_IS_TENSOR=isinstance(scaling, Tensor), BLOCK=block, num_warps=4,
-        **pdl_options(out.device),
+        PDL=has_pdl(out.device),
     )  # fmt: skip

@@ -143,13 +143,13 @@ def floor_of(dtype: torch.dtype) -> float:
 
     It is one worst-case rounding. Triton's interpreter truncates where it casts to bf16, 2**-7 each
     time, so there it is three of those: an operand, s or ds, and the result. fp32 gets the order of
-    summation too. TF32 truncates both operands by up to 2**-10, in s and then in y, while eager may get
-    an exact fp32 kernel (for one token, say).
+    summation too. TF32 truncates both operands of s and then of y by up to 2**-10 each, which one product
+    alone does not average out, while eager may get an exact fp32 kernel for one token.
     """
     if dtype == torch.bfloat16 and not HAS_CUDA:
         return 3 * 2.0**-7
     if dtype == torch.float32 and HAS_CUDA and torch.backends.cuda.matmul.allow_tf32:
-        return 2.0**-9
+        return 2.0**-8
     return torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 0.5)
 
 

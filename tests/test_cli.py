@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,9 @@ def test_bench_without_a_gpu_times_nothing(
 
 def test_interpreted_check_takes_the_kernels_and_passes() -> None:
     pytest.importorskip("triton")
+    numpy = tuple(int(part) for part in version("numpy").split(".")[:2])
+    if numpy >= (2, 4):
+        pytest.skip("Triton's interpreter fails with numpy 2.4")
     report = check.run_interpreted_check()
     assert report.problem == ""
     assert report.fused

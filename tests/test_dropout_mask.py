@@ -10,29 +10,28 @@ import pytest
 import torch
 
 from fastlora import reference
-from fastlora.kernels.config import DROPOUT_LEVELS, dropout_threshold
+from fastlora.kernels.config import DROPOUT_LEVELS, PHILOX_ROUNDS, dropout_threshold
 
 ONES = 0xFFFFFFFF
-# Known answers of Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, output.
+PI = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+# Known answers of Random123's kat_vectors for philox4x32: rounds, counter, key, output.
 VECTORS = [
-    pytest.param((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8", id="zeros"),
-    pytest.param((ONES,) * 4, (ONES,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd", id="ones"),
-    pytest.param(
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        "d16cfe09 94fdcceb 5001e420 24126ea1",
-        id="pi",
-    ),
+    (7, (0, 0, 0, 0), (0, 0), "5f6fb709 0d893f64 4f121f81 4f730a48"),
+    (7, (ONES,) * 4, (ONES,) * 2, "5207ddc2 45165e59 4d8ee751 8c52f662"),
+    (7, *PI, "4dfccaba 190a87f0 c47362ba b6b5242a"),
+    (10, (0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    (10, (ONES,) * 4, (ONES,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (10, *PI, "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
 M, K = 512, 1000
 PROBABILITIES = [2.0**-16, 0.01, 0.1, 0.5, 0.9, 1 - 2.0**-16]
 
 
-def philox(counter, key):
-    """Philox-4x32-10 by its definition, in Python's own integers."""
+def philox(counter, key, rounds=PHILOX_ROUNDS):
+    """Philox-4x32 by its definition, in Python's own integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(rounds):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & ONES, (a >> 32) ^ c3 ^ k1, a & ONES
         k0, k1 = (k0 + 0x9E3779B9) & ONES, (k1 + 0xBB67AE85) & ONES
@@ -56,15 +55,15 @@ def correlation(a, b):
     )
 
 
-@pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
-def test_known_answers(counter, key, expected):
-    assert " ".join(f"{word:08x}" for word in philox(counter, key)) == expected
+@pytest.mark.parametrize(("rounds", "counter", "key", "expected"), VECTORS)
+def test_known_answers(rounds, counter, key, expected):
+    assert " ".join(f"{word:08x}" for word in philox(counter, key, rounds)) == expected
 
 
 def test_reference_gives_the_known_answer_of_zeros():
     zero = torch.zeros((), dtype=torch.int64)
     words = reference._philox_4x32(zero, zero, zero)
-    assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(w) for w in words] == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
 
 
 def test_reference_is_philox():

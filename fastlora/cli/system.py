@@ -20,7 +20,8 @@ LIBRARIES = ("torch", "triton", "peft", "transformers", "numpy")
 def library_version(name: str) -> str:
     """The installed version of a distribution, or ``"not installed"``."""
     try:
-        return importlib.metadata.version(name)
+        # torch's own word names its build too, as in 2.13.0+cpu; its metadata may not.
+        return torch.__version__ if name == "torch" else importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
@@ -83,4 +84,6 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {name}: torch {torch.__version__} sees no CUDA GPU")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
