@@ -93,16 +93,22 @@ def gemm_pointer_config(itemsize: int, precision: str) -> LaunchConfig:
     return LaunchConfig(128, 128, 32, num_warps=8, num_stages=4)
 
 
-def shrink_config(itemsize: int, R: int, precision: str = "tf32") -> LaunchConfig:
+def shrink_config(
+    itemsize: int, R: int, precision: str = "tf32", dropout: bool = False
+) -> LaunchConfig:
     """Rows by columns of x that one step of `lora_shrink` reads: ``BLOCK_M`` x ``BLOCK_K``.
 
     ``BLOCK_M`` stays at 32 so that the product runs on `mma.sync`: with 64 rows and more it would be a
     `wgmma` whose left operand, x after dropout, comes from registers, which ptxas before 13.3 can
     miscompile inside a pipelined loop (triton#9433). The product ``A x^T``, whose masked operand is in
-    shared memory, takes 53 us where this takes 42 (8192 x 4096, rank 16, p = 0.1).
+    shared memory, takes 53 us where this takes 42 (8192 x 4096, rank 16, p = 0.1). With dropout 16 rows
+    are better, for the random numbers want warps: 15 us instead of 25 at 2048 x 4096, 41 instead of 47
+    at 8192 x 4096 (the same figures in one run).
     """
     if precision == "ieee" and itemsize == 4:
         return LaunchConfig(32, 16, 32, num_warps=4, num_stages=3)
+    if dropout and itemsize == 2 and R <= 32:
+        return LaunchConfig(16, 16, 256, num_warps=4, num_stages=3)
     block_k = 128 if itemsize == 2 and R <= 128 else 64 if R <= 128 else 32
     return LaunchConfig(32, 16, block_k, num_warps=4, num_stages=4 if R <= 64 else 3)
 

@@ -158,15 +158,15 @@ def assert_close(
 ) -> None:
     """Error of ``got`` no larger than that of ``plain``, in norm and in its largest element.
 
-    The factors leave room for chance: 1.25 in norm (2 for fp32, where only the order of summation
-    differs), and twice that for the largest element, which is the worst of many.
+    The factors leave room for chance: 1.25 in norm (3 for fp32, where only the order of summation
+    differs: one running sum here, many partial ones in cuBLAS), and twice that for the largest element, which is the worst of many.
     """
     assert got.shape == exact.shape, name
     if got.numel() == 0:
         return
     assert torch.isfinite(got).all(), f"{name}: not finite"
     error, baseline = (got.double() - exact).abs(), (plain.double() - exact).abs()
-    floor, factor = floor_of(dtype), 2.0 if dtype == torch.float32 else 1.25
+    floor, factor = floor_of(dtype), 3.0 if dtype == torch.float32 else 1.25
     for measure, slack in ((torch.linalg.vector_norm, 1.0), (torch.amax, 2.0)):
         e = measure(error)
         limit = slack * (factor * measure(baseline) + floor * measure(exact.abs()))

@@ -97,11 +97,12 @@ def test_pointer_tiles(itemsize, precision):
     assert ring <= SMALLEST_SHARED
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_shrink_tiles(itemsize, precision):
+def test_shrink_tiles(itemsize, precision, dropout):
     for R in ALL_RANKS:
-        c = config.shrink_config(itemsize, R, precision)
+        c = config.shrink_config(itemsize, R, precision, dropout)
         check_launch(c)
         assert c.BLOCK_M <= 32, "64 rows would be a wgmma with its left operand in registers"
         assert c.BLOCK_K % 8 == 0, "whole Philox blocks"
