@@ -159,7 +159,8 @@ def assert_close(
     """Error of ``got`` no larger than that of ``plain``, in norm and in its largest element.
 
     The factors leave room for chance: 1.25 in norm (3 for fp32, where only the order of summation
-    differs: one running sum here, many partial ones in cuBLAS), and twice that for the largest element, which is the worst of many.
+    differs: one running sum here, many partial ones in cuBLAS), and twice that for the largest
+    element, which is the worst of many.
     """
     assert got.shape == exact.shape, name
     if got.numel() == 0:
