@@ -111,6 +111,15 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
+def strides(t: Tensor) -> tuple[int, int]:
+    """Strides of a 2-D tensor for a pointer kernel, 0 for a single column.
+
+    A contiguous ``[N, 1]`` has strides (1, 1), from which Triton 3.6 builds a TF32 wgmma that reads past
+    the end of shared memory.
+    """
+    return t.stride(0), t.stride(1) if t.shape[1] > 1 else 0
+
+
 def fits_tma(*tensors: Tensor) -> bool:
     """Whether TMA descriptors can describe these: rows dense, base and row stride 16-byte aligned."""
     return all(

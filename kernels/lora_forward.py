@@ -18,6 +18,7 @@ from .common import (
     has_pdl,
     has_tma,
     store_tile,
+    strides,
     tile_of,
     wait_for_previous_kernel,
 )
@@ -140,8 +141,8 @@ def lora_forward(
     c, block_r = gemm_pointer_config(x.element_size(), precision), rank_step(R, x.element_size())
     _lora_forward_pointer_kernel[(cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),)](
         x, weight, y, s, lora_B, bias, M, N, K, R,
-        x.stride(0), x.stride(1), weight.stride(0), weight.stride(1),
-        s.stride(0), lora_B.stride(0), lora_B.stride(1),
+        *strides(x), *strides(weight),
+        s.stride(0), *strides(lora_B),
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
         R_STEPS=cdiv(R, block_r), BLOCK_R=block_r,
         num_warps=c.num_warps, num_stages=c.num_stages, **options,

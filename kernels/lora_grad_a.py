@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_properties, dot, dot_precision
+from .common import device_properties, dot, dot_precision, strides
 from .config import cdiv, grad_a_config, rank_block
 from .dropout import load_keep
 from .reduce import sum_splits
@@ -77,7 +77,7 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) 
         out if splits == 1 else torch.empty((splits, R, K), dtype=torch.float32, device=x.device)
     )
     _lora_grad_a_kernel[(cdiv(K, c.BLOCK_C), splits)](
-        x, ds, mask, parts, M, K, R, rows_per_split, x.stride(0), x.stride(1), ds.stride(0),
+        x, ds, mask, parts, M, K, R, rows_per_split, *strides(x), ds.stride(0),
         HAS_DROPOUT=mask is not None, PRECISION=precision,
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_properties, dot, dot_precision, empty_rows
+from .common import device_properties, dot, dot_precision, empty_rows, strides
 from .config import cdiv, grad_b_config, keep_scale, rank_block
 from .lora_grad_a import lora_grad_a
 from .lora_shrink import lora_shrink
@@ -100,8 +100,8 @@ def lora_grad_b(
     db_parts = parts[ds_size:].view(splits, N, R)
     _lora_grad_b_kernel[(column_blocks, splits)](
         dy, s, lora_B, ds_parts, db_parts, M, N, R, rows_per_split,
-        dy.stride(0), dy.stride(1), s.stride(0), ds.stride(0),
-        lora_B.stride(0), lora_B.stride(1),
+        *strides(dy), s.stride(0), ds.stride(0),
+        *strides(lora_B),
         PRECISION=dot_precision(dy.dtype),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,

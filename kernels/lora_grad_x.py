@@ -20,6 +20,7 @@ from .common import (
     has_pdl,
     has_tma,
     store_tile,
+    strides,
     tile_of,
     wait_for_previous_kernel,
 )
@@ -179,8 +180,8 @@ def lora_grad_x(
     if pointer:
         _lora_grad_x_pointer_kernel[(tiles,)](
             dy, weight, dx, ds, lora_A, mask, M, N, K, R,
-            dy.stride(0), dy.stride(1), weight.stride(0), weight.stride(1),
-            ds.stride(0), lora_A.stride(0), lora_A.stride(1),
+            *strides(dy), *strides(weight),
+            ds.stride(0), *strides(lora_A),
             HAS_DROPOUT=mask is not None, **ranks, **options,
         )  # fmt: skip
         return dx
@@ -191,7 +192,7 @@ def lora_grad_x(
     if mask is not None:
         _lora_grad_x_dropout_kernel[(min(num_sms, tiles),)](
             dy_desc, w_desc, dx_desc, ds, lora_A, mask, M, N, K, R,
-            ds.stride(0), lora_A.stride(0), lora_A.stride(1),
+            ds.stride(0), *strides(lora_A),
             **ranks, **options,
         )  # fmt: skip
         return dx

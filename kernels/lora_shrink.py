@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, dot_precision, empty_rows, has_pdl, let_next_kernel_start, load_scaling
+from .common import (
+    dot,
+    dot_precision,
+    empty_rows,
+    has_pdl,
+    let_next_kernel_start,
+    load_scaling,
+    strides,
+)
 from .config import cdiv, dropout_threshold, keep_scale, rank_block, shrink_config
 from .dropout import keep_bits, unpack_bits
 
@@ -92,7 +100,7 @@ def lora_shrink(
     _lora_shrink_kernel[(cdiv(M, config.BLOCK_M),)](
         x, lora_A, s, mask, scaling, seed, dropout_threshold(dropout_p),
         keep_scale(dropout_p) * factor, M, K, R,
-        x.stride(0), x.stride(1), lora_A.stride(0), lora_A.stride(1), s.stride(0),
+        *strides(x), *strides(lora_A), s.stride(0),
         SCALING_IS_TENSOR=isinstance(scaling, Tensor), HAS_DROPOUT=has_dropout,
         PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=rank_block(R),

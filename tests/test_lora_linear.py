@@ -19,6 +19,7 @@ HAS_CUDA = torch.cuda.is_available()
 SHAPES = [
     pytest.param(1, 16, 24, 1, id="one-token-rank1"),
     pytest.param(1, 1, 1, 1, id="all-ones"),
+    pytest.param(9, 1, 17, 2, id="one-column"),
     pytest.param(129, 40, 72, 8, id="aligned-rows-r8"),
     pytest.param(33, 37, 51, 3, id="odd-r3"),
     pytest.param(20, 136, 70, 64, id="r64"),
