@@ -93,8 +93,8 @@ def lora_shrink(
     """
     (M, K), R = x.shape, lora_A.shape[0]
     precision = dot_precision(x.dtype)
-    config = shrink_config(x.element_size(), R, precision, dropout_p > 0)
-    has_dropout = dropout_p > 0
+    has_dropout = dropout_threshold(dropout_p) > 0  # a tiny p rounds to none
+    config = shrink_config(x.element_size(), R, precision, has_dropout)
     s = empty_rows(M, R, x.dtype, x.device)
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
     _lora_shrink_kernel[(cdiv(M, config.BLOCK_M),)](
