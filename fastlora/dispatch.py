@@ -103,8 +103,25 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _decide_cached(call: Call) -> Decision:
-    return decide(call)
+def _decide_cached(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], M: int, K: int, N: int, R: int
+) -> Decision:
+    x_dtype, weight_dtype, *adapter_dtypes = dtypes
+    return decide(
+        Call(
+            device_type=device.type,
+            capability=_capability(device),
+            x_dtype=x_dtype,
+            weight_dtype=weight_dtype,
+            adapter_dtypes=tuple(adapter_dtypes),
+            M=M,
+            K=K,
+            N=N,
+            R=R,
+            interpreted=INTERPRETED,
+            triton_problem=_TRITON_PROBLEM,
+        )
+    )
 
 
 def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:
@@ -122,23 +139,15 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
     forced = _forced.get()
     if forced == "eager":
         return Decision("eager", "fastlora.dispatch.force('eager') is active")
-    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (x, weight, lora_A, lora_B)):
-        return Decision("eager", "a tensor is of a subclass, which the kernels cannot look into")
-    K = x.shape[-1]
-    call = Call(
-        device_type=x.device.type,
-        capability=_capability(x.device),
-        x_dtype=x.dtype,
-        weight_dtype=weight.dtype,
-        adapter_dtypes=(lora_A.dtype, lora_B.dtype),
-        M=x.numel() // K if K else 0,
-        K=K,
-        N=weight.shape[0],
-        R=lora_A.shape[0],
-        interpreted=INTERPRETED,
-        triton_problem=_TRITON_PROBLEM,
-    )
-    return _decide_cached(call)
+    for t in (x, weight, lora_A, lora_B):
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return Decision(
+                "eager", "a tensor is of a subclass, which the kernels cannot look into"
+            )
+    # Of the number of rows only zero matters: batches of any length share an entry of the cache.
+    dtypes = (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
+    M, (N, K) = min(x.numel(), 1), weight.shape
+    return _decide_cached(x.device, dtypes, M, K, N, lora_A.shape[0])
 
 
 @contextlib.contextmanager

@@ -104,9 +104,13 @@ def device_properties(device: torch.device) -> tuple[int, int]:
     return props.major, props.multi_processor_count
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of the products: as torch's own matmul does for fp32, TF32 only if allowed."""
-    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+def dot_precision(dtype: torch.dtype, depth: int = 2) -> str:
+    """`input_precision` of products over ``depth``: for fp32 TF32 only if torch's own matmul may use it.
+
+    A sum of a single term is exact in any case: Triton 3.6 builds a TF32 wgmma for it that reads past the
+    end of shared memory.
+    """
+    if dtype == torch.float32 and (depth == 1 or not torch.backends.cuda.matmul.allow_tf32):
         return "ieee"
     return "tf32"
 
@@ -122,13 +126,11 @@ def strides(t: Tensor) -> tuple[int, int]:
 
 def fits_tma(*tensors: Tensor) -> bool:
     """Whether TMA descriptors can describe these: rows dense, base and row stride 16-byte aligned."""
-    return all(
-        t.stride(1) == 1
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.stride(0) >= t.shape[1]
-        and t.data_ptr() % 16 == 0
-        for t in tensors
-    )
+    for t in tensors:
+        rows, columns = t.stride()
+        if columns != 1 or rows < t.shape[1] or (rows * t.element_size() | t.data_ptr()) & 15:
+            return False
+    return True
 
 
 def has_tma(major: int) -> bool:

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import (
     add_rank_product,
@@ -23,6 +22,7 @@ from .common import (
     wait_for_previous_kernel,
 )
 from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
+from .launch import descriptor, launch
 
 
 @triton.jit
@@ -120,18 +120,20 @@ def lora_forward(
     """
     (M, K), N, R = x.shape, weight.shape[0], lora_B.shape[1]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    precision = dot_precision(x.dtype)
+    precision = dot_precision(x.dtype, K)
     major, num_sms = device_properties(x.device)
     options = {"HAS_BIAS": bias is not None, "PRECISION": precision}
     if has_tma(major) and precision == "tf32" and fits_tma(x, weight, y):
         pdl = has_pdl(x.device)
         c = gemm_tma_config(M, N, x.element_size(), num_sms)
-        _lora_forward_tma_kernel[(min(num_sms, cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)),)](
-            TensorDescriptor.from_tensor(x, [c.BLOCK_M, c.BLOCK_K]),
-            TensorDescriptor.from_tensor(weight, [c.BLOCK_N, c.BLOCK_K]),
-            TensorDescriptor.from_tensor(for_tma(s, x.dtype), [c.BLOCK_M, c.BLOCK_K]),
-            TensorDescriptor.from_tensor(for_tma(lora_B, x.dtype), [c.BLOCK_N, c.BLOCK_K]),
-            TensorDescriptor.from_tensor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
+        tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
+        launch(
+            _lora_forward_tma_kernel, (min(num_sms, tiles),), x.device,
+            descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
+            descriptor(weight, [c.BLOCK_N, c.BLOCK_K]),
+            descriptor(for_tma(s, x.dtype), [c.BLOCK_M, c.BLOCK_K]),
+            descriptor(for_tma(lora_B, x.dtype), [c.BLOCK_N, c.BLOCK_K]),
+            descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
             bias, M, N, K, R,
             BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
             SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
@@ -139,7 +141,8 @@ def lora_forward(
         )  # fmt: skip
         return y
     c, block_r = gemm_pointer_config(x.element_size(), precision), rank_step(R, x.element_size())
-    _lora_forward_pointer_kernel[(cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),)](
+    launch(
+        _lora_forward_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), x.device,
         x, weight, y, s, lora_B, bias, M, N, K, R,
         *strides(x), *strides(weight),
         s.stride(0), *strides(lora_B),

@@ -10,6 +10,7 @@ from torch import Tensor
 from .common import device_properties, dot, dot_precision, strides
 from .config import cdiv, grad_a_config, rank_block
 from .dropout import load_keep
+from .launch import launch
 from .reduce import sum_splits
 
 
@@ -76,7 +77,8 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) 
     parts = (
         out if splits == 1 else torch.empty((splits, R, K), dtype=torch.float32, device=x.device)
     )
-    _lora_grad_a_kernel[(cdiv(K, c.BLOCK_C), splits)](
+    launch(
+        _lora_grad_a_kernel, (cdiv(K, c.BLOCK_C), splits), x.device,
         x, ds, mask, parts, M, K, R, rows_per_split, *strides(x), ds.stride(0),
         HAS_DROPOUT=mask is not None, PRECISION=precision,
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),

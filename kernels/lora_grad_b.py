@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .common import device_properties, dot, dot_precision, empty_rows, strides
 from .config import cdiv, grad_b_config, keep_scale, rank_block
+from .launch import launch
 from .lora_grad_a import lora_grad_a
 from .lora_shrink import lora_shrink
 from .reduce import sum_splits
@@ -98,7 +99,8 @@ def lora_grad_b(
     parts = torch.empty(ds_size + splits * N * R, dtype=torch.float32, device=dy.device)
     ds_parts = parts[:ds_size].view(column_blocks, M, ds.stride(0))
     db_parts = parts[ds_size:].view(splits, N, R)
-    _lora_grad_b_kernel[(column_blocks, splits)](
+    launch(
+        _lora_grad_b_kernel, (column_blocks, splits), dy.device,
         dy, s, lora_B, ds_parts, db_parts, M, N, R, rows_per_split,
         *strides(dy), s.stride(0), ds.stride(0),
         *strides(lora_B),

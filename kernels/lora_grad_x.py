@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import (
     add_rank_product,
@@ -26,6 +25,7 @@ from .common import (
 )
 from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
 from .dropout import load_keep
+from .launch import descriptor, launch
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def lora_grad_x(
     """
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    itemsize, precision = dy.element_size(), dot_precision(dy.dtype)
+    itemsize, precision = dy.element_size(), dot_precision(dy.dtype, N)
     major, num_sms = device_properties(dy.device)
     options: dict[str, Any] = {"PRECISION": precision}
     pointer = not (has_tma(major) and precision == "tf32" and fits_tma(dy, weight, dx))
@@ -178,7 +178,8 @@ def lora_grad_x(
     tiles = cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)
     ranks = {"R_STEPS": cdiv(R, rank_step(R, itemsize)), "BLOCK_R": rank_step(R, itemsize)}
     if pointer:
-        _lora_grad_x_pointer_kernel[(tiles,)](
+        launch(
+            _lora_grad_x_pointer_kernel, (tiles,), dy.device,
             dy, weight, dx, ds, lora_A, mask, M, N, K, R,
             *strides(dy), *strides(weight),
             ds.stride(0), *strides(lora_A),
@@ -186,19 +187,21 @@ def lora_grad_x(
         )  # fmt: skip
         return dx
     options |= {"SUBTILES": c.SUBTILES, "PDL": has_pdl(dy.device), "launch_pdl": has_pdl(dy.device)}
-    dy_desc = TensorDescriptor.from_tensor(dy, [c.BLOCK_M, c.BLOCK_K])
-    w_desc = TensorDescriptor.from_tensor(weight, [c.BLOCK_K, c.BLOCK_N])
-    dx_desc = TensorDescriptor.from_tensor(dx, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES])
+    dy_desc = descriptor(dy, [c.BLOCK_M, c.BLOCK_K])
+    w_desc = descriptor(weight, [c.BLOCK_K, c.BLOCK_N])
+    dx_desc = descriptor(dx, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES])
     if mask is not None:
-        _lora_grad_x_dropout_kernel[(min(num_sms, tiles),)](
+        launch(
+            _lora_grad_x_dropout_kernel, (min(num_sms, tiles),), dy.device,
             dy_desc, w_desc, dx_desc, ds, lora_A, mask, M, N, K, R,
             ds.stride(0), *strides(lora_A),
             **ranks, **options,
         )  # fmt: skip
         return dx
-    ds_desc = TensorDescriptor.from_tensor(for_tma(ds, dy.dtype), [c.BLOCK_M, c.BLOCK_K])
-    a_desc = TensorDescriptor.from_tensor(for_tma(lora_A, dy.dtype), [c.BLOCK_K, c.BLOCK_N])
-    _lora_grad_x_tma_kernel[(min(num_sms, tiles),)](
-        dy_desc, w_desc, ds_desc, a_desc, dx_desc, M, N, K, R, **options
-    )
+    ds_desc = descriptor(for_tma(ds, dy.dtype), [c.BLOCK_M, c.BLOCK_K])
+    a_desc = descriptor(for_tma(lora_A, dy.dtype), [c.BLOCK_K, c.BLOCK_N])
+    launch(
+        _lora_grad_x_tma_kernel, (min(num_sms, tiles),), dy.device,
+        dy_desc, w_desc, ds_desc, a_desc, dx_desc, M, N, K, R, **options,
+    )  # fmt: skip
     return dx

@@ -18,6 +18,7 @@ from .common import (
 )
 from .config import cdiv, dropout_threshold, keep_scale, rank_block, shrink_config
 from .dropout import keep_bits, unpack_bits
+from .launch import launch
 
 
 @triton.jit
@@ -97,7 +98,8 @@ def lora_shrink(
     config = shrink_config(x.element_size(), R, precision, has_dropout)
     s = empty_rows(M, R, x.dtype, x.device)
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
-    _lora_shrink_kernel[(cdiv(M, config.BLOCK_M),)](
+    launch(
+        _lora_shrink_kernel, (cdiv(M, config.BLOCK_M),), x.device,
         x, lora_A, s, mask, scaling, seed, dropout_threshold(dropout_p),
         keep_scale(dropout_p) * factor, M, K, R,
         *strides(x), *strides(lora_A), s.stride(0),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .common import has_pdl, let_next_kernel_start, load_scaling
 from .config import cdiv
+from .launch import launch
 
 
 @triton.jit
@@ -38,7 +39,8 @@ def sum_splits(
         factor (float): one more factor. Default: 1.0.
     """
     size, block = parts[0].numel(), 256
-    _sum_splits_kernel[(cdiv(size, block),)](
+    launch(
+        _sum_splits_kernel, (cdiv(size, block),), out.device,
         parts, out, scaling, float(factor), size, parts.shape[0],
         SCALING_IS_TENSOR=isinstance(scaling, Tensor), BLOCK=block, num_warps=4,
         PDL=has_pdl(out.device),

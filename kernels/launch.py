@@ -1,0 +1,79 @@
+"""Launching: a kernel is looked up by what it was compiled for, once, and then started directly.
+
+`kernel[grid](...)` analyses every argument at every call, which costs more host time than a small layer
+has GPU time. Here the exact integers, dtypes and alignments are the key of a table of compiled kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_MAX_KERNELS = 4096  # keys, not compiled kernels: training on many lengths makes a key for each
+
+
+def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    """`TensorDescriptor.from_tensor` without its checks, which `fits_tma` and the configs stand for."""
+    d = TensorDescriptor.__new__(TensorDescriptor)
+    d.base, d.shape, d.strides, d.block_shape, d.padding = t, t.shape, t.stride(), block, "zero"
+    return d
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any
+) -> None:
+    """``kernel[grid](*args, **options)`` on the current stream of ``device``.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid (tuple[int, ...]): programs in each dimension.
+        device (torch.device): where the tensors are.
+        *args: the kernel's run-time arguments, in order.
+        **options: its constexpr parameters, and launch options.
+    """
+    if device.type != "cuda":  # the interpreter
+        kernel[grid](*args, **options)
+        return
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, device, *args, **options)
+        return
+    key: list[Any] = [kernel, device.index, *options.values()]
+    for a in args:
+        if isinstance(a, Tensor):
+            key.append(a.dtype)
+            key.append(a.data_ptr() & 15 == 0)
+        elif isinstance(a, TensorDescriptor):
+            key.append(a.base.dtype)
+        elif isinstance(a, float):  # never specialised on
+            key.append(float)
+        else:
+            key.append(a)
+    signature = tuple(key)
+    found = _compiled.get(signature)
+    if found is None or knobs.runtime.launch_enter_hook.calls:  # e.g. a profiler's
+        made = kernel[grid](*args, **options)
+        names = getattr(kernel, "arg_names", None)
+        if names is not None and len(_compiled) < _MAX_KERNELS:
+            constants = tuple(options[name] for name in names[len(args) :])
+            _compiled[signature] = (made.run, made.function, made.packed_metadata, constants)
+        return
+    run, function, metadata, constants = found
+    run(
+        grid[0],
+        grid[1] if len(grid) > 1 else 1,
+        1,
+        torch._C._cuda_getCurrentRawStream(device.index),
+        function,
+        metadata,
+        None,
+        None,
+        None,
+        *args,
+        *constants,
+    )
