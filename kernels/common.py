@@ -151,7 +151,8 @@ def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     """An empty ``[rows, columns]`` whose row stride is a multiple of 16 bytes, as TMA wants it."""
     quantum = 16 // dtype.itemsize
     padded = cdiv(columns, quantum) * quantum
-    return torch.empty((rows, padded), dtype=dtype, device=device)[:, :columns]
+    made = torch.empty((rows, padded), dtype=dtype, device=device)
+    return made if padded == columns else made[:, :columns]
 
 
 def for_tma(t: Tensor, dtype: torch.dtype) -> Tensor:

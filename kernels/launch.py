@@ -43,17 +43,19 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, device, *args, **options)
         return
-    key: list[Any] = [kernel, device.index, *options.values()]
+    # id(), since a JITFunction computes its hash at every call; those kept in the table never die.
+    key: list[Any] = [id(kernel), device.index, *options.values()]
     for a in args:
-        if isinstance(a, Tensor):
-            key.append(a.dtype)
-            key.append(a.data_ptr() & 15 == 0)
-        elif isinstance(a, TensorDescriptor):
+        kind = type(a)
+        if kind is int or a is None:
+            key.append(a)
+        elif kind is TensorDescriptor:
             key.append(a.base.dtype)
-        elif isinstance(a, float):  # never specialised on
+        elif kind is float:  # never specialised on
             key.append(float)
         else:
-            key.append(a)
+            key.append(a.dtype)
+            key.append(a.data_ptr() & 15 == 0)
     signature = tuple(key)
     found = _compiled.get(signature)
     if found is None or knobs.runtime.launch_enter_hook.calls:  # e.g. a profiler's

@@ -95,10 +95,8 @@ def lora_grad_b(
     splits, column_blocks = cdiv(M, rows_per_split), cdiv(N, c.BLOCK_C)
     ds = empty_rows(M, R, dy.dtype, dy.device)
     db = torch.empty((N, R), dtype=lora_B.dtype, device=dy.device)
-    ds_size = column_blocks * M * ds.stride(0)
-    parts = torch.empty(ds_size + splits * N * R, dtype=torch.float32, device=dy.device)
-    ds_parts = parts[:ds_size].view(column_blocks, M, ds.stride(0))
-    db_parts = parts[ds_size:].view(splits, N, R)
+    ds_parts = dy.new_empty((column_blocks, M, ds.stride(0)), dtype=torch.float32)
+    db_parts = dy.new_empty((splits, N, R), dtype=torch.float32)
     launch(
         _lora_grad_b_kernel, (column_blocks, splits), dy.device,
         dy, s, lora_B, ds_parts, db_parts, M, N, R, rows_per_split,
@@ -108,6 +106,5 @@ def lora_grad_b(
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
-    sum_splits(ds_parts, ds, scaling, keep_scale(dropout_p))
-    sum_splits(db_parts, db)
+    sum_splits(ds_parts, ds, scaling, keep_scale(dropout_p), other=(db_parts, db))
     return ds, db

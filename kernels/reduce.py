@@ -12,23 +12,42 @@ from .launch import launch
 
 
 @triton.jit
-def _sum_splits_kernel(
-    parts_ptr, out_ptr, scaling, factor, size, splits,
-    SCALING_IS_TENSOR: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``out[i] = scaling * factor * sum_j parts[j, i]``. Grid: ``cdiv(size, BLOCK)``."""
-    let_next_kernel_start(PDL)
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _sum_block(parts_ptr, out_ptr, block, factor, size, splits, BLOCK: tl.constexpr):
+    """``out[i] = factor * sum_j parts[j, i]`` for one block of i."""
+    offs = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for j in range(0, splits):
         part = tl.cast(j, tl.int64) * size
         acc += tl.load(parts_ptr + part + offs, mask=offs < size, other=0.0)
-    acc *= load_scaling(scaling, SCALING_IS_TENSOR) * factor
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < size)
+    tl.store(out_ptr + offs, (acc * factor).to(out_ptr.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit
+def _sum_splits_kernel(
+    parts_ptr, out_ptr, other_parts_ptr, other_out_ptr, scaling, factor,
+    size, splits, other_size, other_splits,
+    SCALING_IS_TENSOR: tl.constexpr, HAS_OTHER: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum one stack of partials, with a factor, and another one without. Grid: their blocks in turn."""
+    let_next_kernel_start(PDL)
+    block, blocks = tl.program_id(0), tl.cdiv(size, BLOCK)
+    if HAS_OTHER:  # noqa: SIM102 - decided when compiling, so it stands alone
+        if block >= blocks:
+            _sum_block(
+                other_parts_ptr, other_out_ptr, block - blocks, 1.0, other_size, other_splits, BLOCK
+            )
+    if block < blocks:
+        factor *= load_scaling(scaling, SCALING_IS_TENSOR)
+        _sum_block(parts_ptr, out_ptr, block, factor, size, splits, BLOCK)
 
 
 def sum_splits(
-    parts: Tensor, out: Tensor, scaling: float | Tensor = 1.0, factor: float = 1.0
+    parts: Tensor,
+    out: Tensor,
+    scaling: float | Tensor = 1.0,
+    factor: float = 1.0,
+    other: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """``out = scaling * factor * parts.sum(0)``, in fp32, rounded once; row padding is summed with it.
 
@@ -37,11 +56,19 @@ def sum_splits(
         out (Tensor): laid out as ``parts[0]``, written in its own dtype.
         scaling (float | Tensor): a float, or a 0-dim tensor on the device. Default: 1.0.
         factor (float): one more factor. Default: 1.0.
+        other (tuple[Tensor, Tensor] | None): another ``(parts, out)``, summed without a factor in the
+            same launch. Default: ``None``.
     """
-    size, block = parts[0].numel(), 256
+    block = 256
+    splits = parts.shape[0]
+    size = parts.numel() // splits
+    other_parts, other_out = (None, None) if other is None else other
+    other_splits = 1 if other_parts is None else other_parts.shape[0]
+    other_size = 0 if other_parts is None else other_parts.numel() // other_splits
     launch(
-        _sum_splits_kernel, (cdiv(size, block),), out.device,
-        parts, out, scaling, float(factor), size, parts.shape[0],
-        SCALING_IS_TENSOR=isinstance(scaling, Tensor), BLOCK=block, num_warps=4,
-        PDL=has_pdl(out.device),
+        _sum_splits_kernel, (cdiv(size, block) + cdiv(other_size, block),), out.device,
+        parts, out, other_parts, other_out, scaling, float(factor),
+        size, splits, other_size, other_splits,
+        SCALING_IS_TENSOR=isinstance(scaling, Tensor), HAS_OTHER=other is not None,
+        PDL=has_pdl(out.device), BLOCK=block, num_warps=4,
     )  # fmt: skip
