@@ -61,7 +61,9 @@ def launch(
     if found is None or knobs.runtime.launch_enter_hook.calls:  # e.g. a profiler's
         made = kernel[grid](*args, **options)
         names = getattr(kernel, "arg_names", None)
-        if names is not None and len(_compiled) < _MAX_KERNELS:
+        if names is not None:
+            if len(_compiled) >= _MAX_KERNELS:
+                _compiled.clear()
             constants = tuple(options[name] for name in names[len(args) :])
             _compiled[signature] = (made.run, made.function, made.packed_metadata, constants)
         return
