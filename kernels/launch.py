@@ -58,7 +58,8 @@ def launch(
             key.append(a.data_ptr() & 15 == 0)
     signature = tuple(key)
     found = _compiled.get(signature)
-    if found is None or knobs.runtime.launch_enter_hook.calls:  # e.g. a profiler's
+    hook = knobs.runtime.launch_enter_hook  # a profiler's; a function in Triton 3.4, then a chain
+    if found is None or (hook is not None and getattr(hook, "calls", True)):
         made = kernel[grid](*args, **options)
         names = getattr(kernel, "arg_names", None)
         if names is not None:
