@@ -18,9 +18,12 @@ _MAX_KERNELS = 4096  # keys, not compiled kernels: training on many lengths make
 
 
 def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    """`TensorDescriptor.from_tensor` without its checks, which `fits_tma` and the configs stand for."""
+    """`TensorDescriptor.from_tensor` without its checks, which `fits_tma` and the configs stand for.
+
+    Fields with a default (padding, and what newer Tritons add) are left to the class.
+    """
     d = TensorDescriptor.__new__(TensorDescriptor)
-    d.base, d.shape, d.strides, d.block_shape, d.padding = t, t.shape, t.stride(), block, "zero"
+    d.base, d.shape, d.strides, d.block_shape = t, t.shape, t.stride(), block
     return d
 
 
