@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlora.kernels.config import PHILOX_ROUNDS, dropout_threshold, keep_scale
 
+_SEEDS = 2**63 - 1
 _MASK_32 = 0xFFFFFFFF
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -22,9 +23,10 @@ def draw_seed(device: torch.device) -> Tensor:
     """Draw a 0-dim int64 seed from torch's generator of ``device``, without a device sync.
 
     Drawing it inside forward is what lets activation checkpointing replay the mask, and a captured CUDA
-    graph draw a fresh one at every replay.
+    graph draw a fresh one at every replay. It is an op that torch.compile knows to be random: it is
+    neither merged with another draw nor recomputed.
     """
-    return torch.empty((), dtype=torch.int64, device=device).random_()
+    return torch.randint(_SEEDS, (), device=device)
 
 
 def _philox_4x32(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
