@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastlora.kernels.config import dropout_threshold
 from fastlora.kernels.lora_forward import lora_forward
@@ -132,6 +133,8 @@ class _KernelFunction(torch.autograd.Function):
         """Call it. torch's own `apply` binds the arguments to a signature first: longer than a launch."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)  # type: ignore[no-untyped-call]
+        # The rest of torch's: what a transform that is over left around a tensor comes off.
+        args = unwrap_dead_wrappers(args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     @staticmethod
@@ -158,7 +161,11 @@ class LoRALinearFunction(_KernelFunction):
             return (None,) * 9
         # create_graph=True, or a transform of torch.func: there the kernels are a node of their own.
         nested = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        return gradients(ctx, dy, _LoRALinearBackward.apply if nested else fused_backward)
+        return gradients(ctx, dy, _LoRALinearBackward.apply if nested else _plain_backward)
+
+
+def _plain_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    return fused_backward(*unwrap_dead_wrappers(args))  # the function that torch.func.vjp gives
 
 
 class _LoRALinearBackward(_KernelFunction):
