@@ -6,6 +6,7 @@ has GPU time. Here the exact integers, dtypes and alignments are the key of a ta
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_interpreter = threading.Lock()  # it keeps the program index, and patches triton.language, globally
 _MAX_KERNELS = 4096  # keys, not compiled kernels: training on many lengths makes a key for each
 
 
@@ -39,8 +41,9 @@ def launch(
         *args: the kernel's run-time arguments, in order.
         **options: its constexpr parameters, and launch options.
     """
-    if device.type != "cuda":  # the interpreter
-        kernel[grid](*args, **options)
+    if device.type != "cuda":
+        with _interpreter:
+            kernel[grid](*args, **options)
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
