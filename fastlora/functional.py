@@ -70,7 +70,7 @@ def lora_linear(
     if compiling and not isinstance(scaling, Tensor):
         # As a number it would be a constant of the op, and every new value a recompilation.
         scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
-    scaling_tensor = scaling.detach() if isinstance(scaling, Tensor) else None
+    scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     run = ops.lora_linear if compiling else LoRALinearFunction.apply
     y, _, _ = run(
         x.reshape(-1, x.shape[-1]),
@@ -129,7 +129,7 @@ def _autocast(
     """Cast x, weight and bias as autocast casts the arguments of a linear; adapters stay as they are."""
     device = x.device.type
     if (
-        torch.amp.is_autocast_available(device)
+        reference.autocast_available(device)
         and torch.is_autocast_enabled(device)
         and x.dtype != torch.float64
     ):

@@ -69,8 +69,14 @@ def dropout_keep_mask(
     return draws.reshape(M, 8 * groups.shape[-1])[:, :K] >= dropout_threshold(p)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def autocast_available(device_type: str) -> bool:
+    """`torch.amp.is_autocast_available`, which torch.compile cannot trace before torch 2.9 or so."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if not torch.amp.is_autocast_available(device_type):
+    if not autocast_available(device_type):
         return contextlib.nullcontext()  # e.g. meta tensors
     return torch.autocast(device_type=device_type, enabled=False)
 
