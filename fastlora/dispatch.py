@@ -158,8 +158,8 @@ def problem_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> st
     Args:
         x (Tensor): ``(..., K)``.
         weight (Tensor): ``[N, K]``.
-        lora_A (Tensor): ``[R, K]``.
-        lora_B (Tensor): ``[N, R]``.
+        lora_A (Tensor): ``[R, K]``, or a stack of them.
+        lora_B (Tensor): ``[N, R]``, likewise.
 
     Returns:
         str: the reason for the eager path, or ``""`` for the fused one.
@@ -172,7 +172,7 @@ def problem_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> st
     dtypes = (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
     N, K = weight.shape
     return _this_machines_problem(x.device, dtypes) or _size_problem(
-        x.shape[:-1].numel(), K, N, lora_A.shape[0]
+        x.shape[:-1].numel(), K, N, lora_A.shape[-2]
     )
 
 
@@ -182,8 +182,8 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
     Args:
         x (Tensor): ``(..., K)``.
         weight (Tensor): ``[N, K]``.
-        lora_A (Tensor): ``[R, K]``.
-        lora_B (Tensor): ``[N, R]``.
+        lora_A (Tensor): ``[R, K]``, or a stack of them.
+        lora_B (Tensor): ``[N, R]``, likewise.
 
     Returns:
         Decision: the path and its reason.
@@ -193,7 +193,7 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
         return Decision("eager", problem)
     dtypes = (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
     N, K = weight.shape
-    return decide(_call(x.device, dtypes, x.shape[:-1].numel(), K, N, lora_A.shape[0]))
+    return decide(_call(x.device, dtypes, x.shape[:-1].numel(), K, N, lora_A.shape[-2]))
 
 
 @contextlib.contextmanager
