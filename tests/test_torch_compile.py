@@ -347,11 +347,15 @@ def test_the_scaling_follows_the_weight():
     assert "scaling" not in " ".join([*layer.state_dict(), *dict(layer.named_buffers())])
 
 
-def test_torch_export_keeps_the_layer(device):
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "default"])
+def test_torch_export(device, strict):
     model = injected(device).eval()
     x = torch.randn(2, 6, 24, device=device)
-    program = torch.export.export(model, (x,))
+    program = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+    if strict:
+        targets = [str(node.target) for node in program.graph.nodes]
+        assert targets.count("fastlora.lora_linear.default") == 2
 
 
 def test_inductor_with_dropout(device, path):
