@@ -65,6 +65,10 @@ class LoRALinearFunction(torch.autograd.Function):
         x, weight, lora_A, lora_B, s, mask, scaling = ctx.saved_tensors
         spec: LoRASpec = ctx.spec
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        if type(dy) is not Tensor:
+            dy = (
+                dy.clone()
+            )  # a collective still in flight has no data to point to: a copy waits for it
         if dy.stride(1) != 1:
             dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
         factor = spec.scaling if scaling is None else scaling

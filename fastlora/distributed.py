@@ -45,7 +45,7 @@ class _LoRAStyle(ParallelStyle):
                     f"{name} must be one Placement, such as Shard(1), got {type(layout).__name__}"
                 )
             if layout.is_partial():
-                raise ValueError(f"{name} must be Replicate() or Shard(dim), got {layout}")
+                raise ValueError(f"{name} must be Replicate() or Shard(dim), got {layout!r}")
         self.input_layouts = input_layouts
         self.output_layouts = output_layouts
         self.use_local_output = use_local_output

@@ -419,7 +419,10 @@ def tp_with_dtensors_in_and_out(folder):
 
 def tp_column_dropout_is_that_of_one_process(folder):
     results = []
-    for wrap in (lambda model: model, lambda m: parallel(m, {"*.up": ColwiseLoRA(output_layouts=Replicate())})):
+    for wrap in (
+        lambda model: model,
+        lambda m: parallel(m, {"*.up": ColwiseLoRA(output_layouts=Replicate())}),
+    ):
         model = wrap(make_model(dropout=0.4))
         for block in model:
             block.down.lora_dropout = 0.0
@@ -474,14 +477,14 @@ def tp_dropout_survives_checkpointing(folder):
 
 
 def tp_through_the_kernels(folder):
-    results, seen = [], []
-    original = fastlora.autograd.LoRALinearFunction.forward
+    results, seen, original = [], [], fastlora.distributed.lora_linear
 
-    def forward(ctx, x, weight, *rest):
-        seen.append(tuple(weight.shape))
-        return original(ctx, x, weight, *rest)
+    def recorded(x, weight, lora_A, lora_B, **options):
+        path = fastlora.explain(x, weight, lora_A, lora_B, bias=options["bias"]).path
+        seen.append((path, *weight.shape))
+        return original(x, weight, lora_A, lora_B, **options)
 
-    fastlora.autograd.LoRALinearFunction.forward = staticmethod(forward)
+    fastlora.distributed.lora_linear = recorded
     try:
         for wrap in (lambda model: model, parallel):
             model = wrap(make_model(dtype=torch.float32, blocks=1))
@@ -489,9 +492,8 @@ def tp_through_the_kernels(folder):
             loss_of(model, x).backward()
             results.append([x.grad] + [whole(p.grad) for p in trainable(model).values()])
     finally:
-        fastlora.autograd.LoRALinearFunction.forward = staticmethod(original)
-    whole_shapes = [(HIDDEN, WIDTH), (WIDTH, HIDDEN)]
-    assert seen == [*whole_shapes, (HIDDEN // 2, WIDTH), (WIDTH, HIDDEN // 2)], seen
+        fastlora.distributed.lora_linear = original
+    assert seen == [("fused", HIDDEN // 2, WIDTH), ("fused", WIDTH, HIDDEN // 2)], seen
     for got, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -545,8 +547,12 @@ def tp_takes_the_values_of_rank_0(folder):
 
 def tp_under_fsdp2(folder):
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
-    model = parallelize_module(make_model(), mesh["tp"], PLAN)
-    check_same(train(shard(model, mesh=mesh["dp"]), make_batches()), one_process())
+
+    def both(model):
+        return shard(parallelize_module(model, mesh["tp"], PLAN), mesh=mesh["dp"])
+
+    check_same(train(both(make_model()), make_batches()), one_process())
+    check_adapter_files(both(make_model()), make_model(), both(make_model(seed=8)), folder)
 
 
 def tp_clips_gradients(folder):
