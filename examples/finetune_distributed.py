@@ -67,7 +67,7 @@ COLWISE = (
 )
 ROWWISE = ("self_attn.o_proj", "mlp.down_proj")
 # Of the loss of one process. A bf16 sum over ranks rounds once more than one product does.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-3}
 
 
 def parse_args() -> argparse.Namespace:

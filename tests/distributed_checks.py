@@ -169,8 +169,7 @@ def ddp_through_accelerate(folder):
 
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    # Its own optimizer wrapper too, as the Trainer uses it.
-    model, optimizer = make_model(), None
+    model = make_model()
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.05)
     model, optimizer = accelerator.prepare(model, optimizer)
     for batch in make_batches():
@@ -179,6 +178,48 @@ def ddp_through_accelerate(folder):
         optimizer.step()
     expected = one_process()[2]
     for name, parameter in trainable(model).items():
+        torch.testing.assert_close(parameter.detach(), expected[name])
+
+
+def ddp_through_the_trainer(folder):
+    from transformers import Trainer, TrainingArguments
+
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = make_model()
+
+        def forward(self, x):
+            return {"loss": loss_of(self.model, x)}
+
+    class InOrder(Trainer):
+        def get_train_dataloader(self):
+            rows = torch.utils.data.DataLoader(self.train_dataset, self._train_batch_size)
+            return self.accelerator.prepare(rows)
+
+    module = WithLoss()
+    optimizer = torch.optim.AdamW(trainable(module.model).values(), lr=0.05)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = InOrder(
+        module,
+        arguments,
+        train_dataset=[{"x": row} for batch in make_batches() for row in batch],
+        optimizers=(optimizer, constant),
+    )
+    assert trainer.train().global_step == STEPS
+    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    expected = one_process()[2]
+    for name, parameter in trainable(module.model).items():
         torch.testing.assert_close(parameter.detach(), expected[name])
 
 
@@ -616,60 +657,57 @@ def dtensors_in_lora_linear(folder):
             fastlora.lora_linear(**{**sharded, "x": values["x"]})
 
 
-MODES = {
-    "ddp": (
-        ddp_equals_one_process,
-        ddp_starts_from_the_values_of_rank_0,
-        ddp_accumulates_with_no_sync,
-        ddp_saves_and_loads_adapters_without_its_prefix,
-        ddp_through_accelerate,
-    ),
-    "fsdp2": (
-        fsdp2_equals_one_process,
-        fsdp2_shows_plain_tensors_in_forward,
-        fsdp2_mixed_precision,
-        fsdp2_float32_adapters_beside_a_bfloat16_base,
-        fsdp2_with_replicated_adapters,
-        average_gradients_counts_a_missing_gradient_as_zero,
-        fsdp2_state_dicts,
-        fsdp2_adapter_files,
-        a_failed_save_hangs_no_rank,
-        fsdp2_clips_gradients,
-        fsdp2_layer_called_past_its_wrapper,
-    ),
-    "tp": (
-        tp_equals_one_process,
-        tp_trains_biases_and_base_weights,
-        tp_gives_the_gradient_of_x_on_every_rank,
-        tp_with_a_sharded_sequence,
-        tp_with_dtensors_in_and_out,
-        tp_column_dropout_is_that_of_one_process,
-        tp_row_dropout_has_independent_masks,
-        tp_dropout_survives_checkpointing,
-        tp_through_the_kernels,
-        tp_after_an_unwaited_collective,
-        tp_state_dict_is_that_of_one_process,
-        tp_adapter_files,
-        tp_takes_the_values_of_rank_0,
-        tp_under_fsdp2,
-        tp_clips_gradients,
-        tp_copies,
-        tp_names_what_is_wrong,
-        dtensors_in_lora_linear,
-    ),
-}
+CHECKS = (
+    ddp_equals_one_process,
+    ddp_starts_from_the_values_of_rank_0,
+    ddp_accumulates_with_no_sync,
+    ddp_saves_and_loads_adapters_without_its_prefix,
+    ddp_through_accelerate,
+    ddp_through_the_trainer,
+    fsdp2_equals_one_process,
+    fsdp2_shows_plain_tensors_in_forward,
+    fsdp2_mixed_precision,
+    fsdp2_float32_adapters_beside_a_bfloat16_base,
+    fsdp2_with_replicated_adapters,
+    average_gradients_counts_a_missing_gradient_as_zero,
+    fsdp2_state_dicts,
+    fsdp2_adapter_files,
+    a_failed_save_hangs_no_rank,
+    fsdp2_clips_gradients,
+    fsdp2_layer_called_past_its_wrapper,
+    tp_equals_one_process,
+    tp_trains_biases_and_base_weights,
+    tp_gives_the_gradient_of_x_on_every_rank,
+    tp_with_a_sharded_sequence,
+    tp_with_dtensors_in_and_out,
+    tp_column_dropout_is_that_of_one_process,
+    tp_row_dropout_has_independent_masks,
+    tp_dropout_survives_checkpointing,
+    tp_through_the_kernels,
+    tp_after_an_unwaited_collective,
+    tp_state_dict_is_that_of_one_process,
+    tp_adapter_files,
+    tp_takes_the_values_of_rank_0,
+    tp_under_fsdp2,
+    tp_clips_gradients,
+    tp_copies,
+    tp_names_what_is_wrong,
+    dtensors_in_lora_linear,
+)
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=MODES)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="for the files that checks write; of both ranks")
+    parser.add_argument("-k", default="", help="only the checks whose name contains this")
     args = parser.parse_args()
     torch.set_num_threads(1)
     # RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them. A rank that fails leaves
     # the other waiting, which then fails too instead of hanging.
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    for check in MODES[args.mode]:
+    for check in CHECKS:
+        if args.k not in check.__name__:
+            continue
         print(check.__name__, flush=True)
         try:
             check(args.folder / check.__name__)
