@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 RANKS = 2
-TIMEOUT = 120
+TIMEOUT = 240
 
 
 def launch(arguments, logs, interpret=True, ranks=RANKS):
