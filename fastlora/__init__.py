@@ -3,18 +3,24 @@
 from fastlora import reference
 from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
+from fastlora.adapters import AdapterStack, Routing, route
 from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
 from fastlora.modules import LoRALinear
+from fastlora.multi import lora_linear_multi
 
 __all__ = [
+    "AdapterStack",
     "InjectionReport",
     "LoRALinear",
+    "Routing",
     "__version__",
     "explain",
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linear_multi",
     "reference",
+    "route",
     "save_adapter",
 ]

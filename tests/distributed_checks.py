@@ -29,6 +29,8 @@ from fastlora import reference
 from fastlora.distributed import ColwiseLoRA, RowwiseLoRA, average_gradients
 
 WIDTH, HIDDEN, RANK_R, STEPS = 16, 24, 4, 3
+# torch 2.6: FSDP2 asks a stream of the CPU for what it lacks.
+FSDP2_RUNS = hasattr(torch.cpu.Stream, "record_event")
 FULL = StateDictOptions(full_state_dict=True)
 
 
@@ -738,6 +740,8 @@ def main():
         if args.k not in check.__name__:
             continue
         print(check.__name__, flush=True)
+        if "fsdp2" in check.__name__ and not FSDP2_RUNS:
+            continue
         try:
             check(args.folder / check.__name__)
         except BaseException:
