@@ -10,13 +10,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastlora.functional import is_dtensor
 from fastlora.modules import LoRALinear, lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
@@ -24,6 +25,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_B")
 _LISTED = 10
+_WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 # A true value in one of these changes what the adapter computes, or adds tensors beside A and B.
 _UNSUPPORTED = (
@@ -54,8 +56,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     files, can load it onto the same base model. Layers whose rank or scaling differ from the
     most common one are listed in ``rank_pattern`` and ``alpha_pattern``.
 
+    Where parameters are DTensors (FSDP2, tensor parallel) every rank must call: shards are gathered,
+    rank 0 writes, and all ranks return once the files are there. Otherwise the caller writes; under
+    DDP let one rank call.
+
     Args:
-        model: A model with at least one ``LoRALinear``; the names are taken relative to it.
+        model: A model with at least one ``LoRALinear``; the names are taken relative to it, or
+            to the module inside ``DistributedDataParallel``.
         folder: Where to write; made when it is not there. Files of the same name are replaced.
 
     Raises:
@@ -71,6 +78,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ...     save_adapter(model, folder)
         ...     load_adapter(model, folder)
     """
+    model = _unwrap(model)
     layers = _lora_layers(model)
     for name, layer in layers.items():
         for part in _PARTS:
@@ -83,18 +91,24 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "attaches it to the first name only",
             stacklevel=2,
         )
-    tensors = {
-        # A clone each: safetensors refuses tensors that share memory.
-        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part).detach().cpu().clone().contiguous()
+    parameters = {
+        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
         for name, layer in layers.items()
         for part in _PARTS
     }
+    sharded = any(is_dtensor(parameter) for parameter in parameters.values())
+    if sharded:
+        from fastlora.distributed import full_value
+
+        parameters = {key: full_value(parameter) for key, parameter in parameters.items()}
     config = json.dumps(_config(model, layers), indent=2, sort_keys=True) + "\n"
 
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    _replace(target / WEIGHTS_NAME, lambda path: save_file(tensors, path, {"format": "pt"}))
-    _replace(target / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
+    try:
+        if not sharded or torch.distributed.get_rank() == 0:
+            _write(Path(folder), parameters, config)
+    finally:
+        if sharded:  # in a finally: an error on rank 0 must not leave the others waiting
+            torch.distributed.barrier()
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -102,7 +116,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Inject the model first, with the rank and alpha of the adapter. File and model must hold the
     same layers, shapes and scalings. Everything is checked before the first value is copied, so
-    that a failed call leaves the model as it was. Values are cast to the dtype of the layer.
+    that a failed call leaves the model as it was. Values are cast to the dtype of the layer. Where
+    parameters are DTensors every rank must call and be able to read the files; rank 0's values are used.
 
     Args:
         model: A model with LoRA linears, as ``inject`` makes it.
@@ -114,7 +129,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: A file cannot be read, the adapter uses a variant other than plain LoRA, or
             it does not fit the model; the message names the tensor or the setting.
     """
-    layers = _lora_layers(model)
+    layers = _lora_layers(_unwrap(model))
     config = _read_config(Path(folder) / CONFIG_NAME)
     weights = Path(folder) / WEIGHTS_NAME
     if not weights.is_file():
@@ -143,7 +158,22 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         _check_scaling(name, layer, config)
     with torch.no_grad():
         for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(_laid_out(tensors[key], parameter))
+
+
+def _write(folder: Path, parameters: Mapping[str, Tensor], config: str) -> None:
+    # A clone each: safetensors refuses tensors that share memory.
+    tensors = {key: value.cpu().clone().contiguous() for key, value in parameters.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, {"format": "pt"}))
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Take the module out of DistributedDataParallel, which puts a level into every name."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return cast(nn.Module, model.module)
+    return model
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -168,8 +198,8 @@ def _aliases(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
 
 
 def _clean(name: str) -> str:
-    """Drop the level that torch.compile puts into module names."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """Drop the levels that torch.compile and checkpoint_wrapper put into module names."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_LEVELS)
 
 
 def _config(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Any]:
@@ -268,6 +298,15 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights={init!r} changes the base weights and is not supported"
         )
     return config
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """Shard ``value`` where the parameter is a DTensor."""
+    if not is_dtensor(parameter):
+        return value
+    from fastlora.distributed import as_sharded
+
+    return as_sharded(value, parameter)
 
 
 def _check_tensor(key: str, tensor: Tensor, parameter: Tensor) -> None:

@@ -120,6 +120,11 @@ def gradients(
     return dx, dw, dbias, da, db, None, None, None, None
 
 
+def waited_for(dy: Tensor) -> Tensor:
+    """A plain tensor: a collective still in flight has no data to point to, a copy waits for it."""
+    return dy if type(dy) is Tensor else dy.clone()
+
+
 def no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     """Stand where the derivative of `fused_backward` would."""
     raise RuntimeError(f"fastlora's kernels have no double backward{_EAGERLY}")
@@ -159,6 +164,7 @@ class LoRALinearFunction(_KernelFunction):
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
         if dy is None:
             return (None,) * 9
+        dy = waited_for(dy)
         # create_graph=True, or a transform of torch.func: there the kernels are a node of their own.
         nested = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         return gradients(ctx, dy, _LoRALinearBackward.apply if nested else _plain_backward)

@@ -23,6 +23,7 @@ def lora_linear(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``y = x W0^T + bias + scaling * dropout(x) A^T B^T``, in one fused pass where kernels run.
 
@@ -42,6 +43,8 @@ def lora_linear(
             sync, and gets no gradient. Default: 1.0.
         dropout_p (float): probability of dropping an element of x, from 0 to 1. Default: 0.0.
         training (bool): whether dropout is active. Default: ``True``.
+        seed (Tensor | None): 0-dim int64 on x's device, the seed of the mask, instead of a drawn one.
+            Default: ``None``.
 
     Returns:
         Tensor: ``(..., N)`` in the dtype of x.
@@ -60,8 +63,14 @@ def lora_linear(
     dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     dropout_p = dropout_p if training else 0.0
     x, weight, bias = autocast_linear(x, weight, bias)
-    seed = reference.draw_seed(x.device) if dropout_p > 0 else None
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = reference.draw_seed(x.device)
+    else:
+        _validate_seed(seed, x.device)
     if problem_for(x, weight, lora_A, lora_B):
+        _reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
         return reference.lora_linear(
             x, weight, lora_A, lora_B,
             bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
@@ -214,3 +223,52 @@ def check_dropout(dropout_p: float) -> float:
     if not 0 <= dropout_p <= 1:  # NaN too
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     return float(dropout_p)
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Whether t is a DTensor, without loading that part of torch where no tensor can be one."""
+    if type(t) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(t, DTensor)
+
+
+def _validate_seed(seed: Tensor, device: torch.device) -> None:
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be a Tensor, got {type(seed).__name__}")
+    if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
+        raise ValueError(
+            f"seed must be a 0-dim int64 tensor on {device}, got {seed.dtype} of shape "
+            f"{tuple(seed.shape)} on {seed.device}"
+        )
+
+
+def _reject_mixed_dtensors(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Raise where the eager path cannot do what a DTensor among the arguments asks for."""
+    named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
+    present = {name: t for name, t in named.items() if t is not None}
+    sharded = [name for name, t in present.items() if is_dtensor(t)]
+    if not sharded:
+        return
+    plain = [name for name in present if name not in sharded]
+    ways = (
+        "call the layer through the module that fully_shard wrapped, or parallelize it with "
+        "fastlora.distributed.ColwiseLoRA or RowwiseLoRA"
+    )
+    if plain:
+        raise TypeError(
+            f"DTensors and plain tensors cannot be mixed: DTensors are {', '.join(sharded)}, plain "
+            f"are {', '.join(plain)}; {ways}"
+        )
+    if dropout_p > 0:
+        raise ValueError(
+            f"dropout_p must be 0 where the tensors are DTensors, got {dropout_p}; {ways}"
+        )

@@ -182,7 +182,8 @@ def base_problem(base: object) -> TypeError | ValueError | None:
         # Quantised and sharded weights come as tensor subclasses, which raw access would misread.
         if type(parameter) is not nn.Parameter:
             return TypeError(
-                f"base.{name} must be a plain nn.Parameter, got {type(parameter).__name__}"
+                f"base.{name} must be a plain nn.Parameter, got {type(parameter).__name__}; "
+                "adapt a model before it is sharded or quantised"
             )
         if parameter.dtype not in FLOAT_DTYPES:
             return ValueError(
