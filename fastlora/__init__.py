@@ -4,12 +4,14 @@ from fastlora import reference
 from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
 from fastlora.adapters import AdapterStack, Routing, route
+from fastlora.bank import AdapterBank
 from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
 from fastlora.modules import LoRALinear
 from fastlora.multi import lora_linear_multi
 
 __all__ = [
+    "AdapterBank",
     "AdapterStack",
     "InjectionReport",
     "LoRALinear",
