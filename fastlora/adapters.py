@@ -274,8 +274,8 @@ def stack_adapters(
     return AdapterStack(
         torch.stack([F.pad(lora_a, (0, 0, 0, R - len(lora_a))) for lora_a, _ in pairs]),
         torch.stack([F.pad(lora_b, (0, R - lora_b.shape[1])) for _, lora_b in pairs]),
-        _table(factors, torch.float32, first_a.device),
-        _table(ranks, torch.int32, first_a.device),
+        _table(factors, torch.float32, first_a.device).clone(),  # the caller may scale it in place
+        _table(ranks, torch.int32, first_a.device).clone(),
     )
 
 

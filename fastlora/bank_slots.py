@@ -66,7 +66,7 @@ class Entry:
     pinned: bool = False
     holders: set[object] = field(default_factory=set)
     used: int = 0
-    """When it was last asked for: a count of calls."""
+    """When it was last asked for, on a clock that ticks with every ask."""
     slot: int | None = None
     """The slot that it is in, provided that the slot says so too."""
     loading: bool = False
@@ -253,10 +253,10 @@ class Slots:
                 )
             _check_cancel(cancel)
             self.changed.wait(left if cancel is None else min(left, _POLL))
-        self._clock += 1
         for entry in entries:
             held.append(entry)
             entry.holders.add(holder)
+            self._clock += 1
             entry.used = self._clock
         for entry, slot in zip(absent, slots, strict=False):
             evicts = self.owner[slot] is not None

@@ -185,9 +185,11 @@ class _LayerForward:
         step = _step.get()
         if step is None or step.call.serving is not self.serving:
             return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
-        return self._adapted(x, step)
+        y: Tensor = self._adapted(x, step)
+        return y
 
-    @torch.compiler.disable  # the launches and the tables of a routing are not for a tracer
+    # The launches and the tables of a routing are not for a tracer.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _adapted(self, x: Tensor, step: _Step) -> Tensor:
         parameters = self.module._parameters  # asked for anew: .to() may change what they hold
         weight, bias = parameters["weight"], parameters["bias"]
