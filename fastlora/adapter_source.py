@@ -221,6 +221,12 @@ def _check_settings(config: Mapping[str, Any], where: str) -> None:
                     f"{where}: {field} holds the pattern {pattern!r}; a bank takes names, anchors, "
                     "character classes and at most four groups or repetitions, none of a group"
                 )
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{where}: {field} holds the bad pattern {pattern!r}: {error}"
+                ) from error
 
 
 def _cheap(pattern: object) -> bool:
