@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,6 +388,17 @@ def test_a_layer_whose_rows_cannot_be_told_apart_is_an_error():
         torch.testing.assert_close(y[1], frozen[1])
         with pytest.raises(ValueError, match=r"some got \(5, 4\).*cannot be told apart"):
             model(inputs_embeds=x, adapter_ids=["mine", None], pick=True)
+
+
+def test_the_example(capsys):
+    path = Path(__file__).parents[1] / "examples" / "serve_many_adapters.py"
+    main = runpy.run_path(str(path))["main"]
+    with force("eager"):
+        code = main(["--adapters", "5", "--new-tokens", "4", "--hidden", "32", "--device", "cpu"])
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert "6 of 6 requests have the tokens of their adapter alone" in output
+    assert "device: CPU" in output
 
 
 def test_models_that_do_not_go_with_the_bank(served):
