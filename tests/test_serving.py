@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import runpy
 import threading
 from pathlib import Path
@@ -419,3 +420,16 @@ def test_models_that_do_not_go_with_the_bank(served):
         serve("gpt2", bank)
     assert "forward" not in vars(model)  # nothing was changed on the way to an error
     assert "forward" not in vars(model.model.layers[0].self_attn.q_proj)
+
+
+def test_the_documentation_runs():
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 4
+    names: dict[str, object] = {}
+    with force("eager"):
+        for block in blocks:
+            exec(block, names)
+    assert [pair[0].grad is not None for pair in names["adapters"]] == [True, True]
+    stats = names["bank"].stats()
+    assert stats.loads == 2 and stats.hits > 4
