@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -358,11 +359,16 @@ def pattern_value(config: Mapping[str, Any], field: str, name: str, default: Any
         raise ValueError(f"{field} must be an object of patterns, got {patterns!r}")
     for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if _end_pattern(pattern).match(name):
                 return value
         except re.error as error:
             raise ValueError(f"{field} holds a bad pattern {pattern!r}: {error}") from error
     return default
+
+
+@functools.lru_cache(maxsize=8192)  # re's own cache is smaller than a large model's patterns
+def _end_pattern(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _listing(names: Sequence[str]) -> str:

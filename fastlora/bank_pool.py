@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlora.adapter_source import HostAdapter
 from fastlora.adapters import AdapterStack
-from fastlora.injection import _check_targets, _matching_targets
+from fastlora.injection import check_targets, matching_targets
 from fastlora.modules import base_problem
 
 _ALIGNED = 4  # elements: rows of the tables keep an alignment of 16 bytes, as the kernels like it
@@ -50,7 +50,7 @@ def servable_layers(
         TypeError: ``target_modules`` is neither names nor a regular expression.
         ValueError: No linear is named, or one that is named cannot be served.
     """
-    targets = None if target_modules is None else _check_targets(target_modules)
+    targets = None if target_modules is None else check_targets(target_modules)
     output_embeddings = getattr(model, "get_output_embeddings", None)
     head = output_embeddings() if callable(output_embeddings) else None
     layers: dict[str, Tensor] = {}
@@ -58,7 +58,7 @@ def servable_layers(
         if targets is None:
             wanted = name != "" and module is not head
         else:
-            wanted = bool(_matching_targets(targets, name))
+            wanted = bool(matching_targets(targets, name))
         if not wanted:
             continue
         weight = frozen_weight(module)

@@ -141,13 +141,27 @@ def test_rank_above_what_the_bank_holds(tmp_path):
     refused(folder, ValueError, f"{A} has rank 5, the bank holds up to 4")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_single_value_that_is_not_finite_is_found_wherever_it_is(dtype, value):
+    bank = AdapterBank({"q": (301, 211)}, 1, 4, dtype=dtype)
+    values = {"q.lora_A": torch.randn(3, 211), "q.lora_B": torch.randn(301, 3)}
+    for key, position in (("q.lora_A", 0), ("q.lora_A", 317), ("q.lora_B", 640), ("q.lora_B", 902)):
+        wrong = values[key].clone()
+        wrong.view(-1)[position] = value
+        with pytest.raises(ValueError, match=f"{key} holds NaN or Inf"):
+            bank.add("bad", values | {key: wrong}, config={"lora_alpha": 1})
+    bank.add("good", values, config={"lora_alpha": 1})
+
+
+LONG = struct.pack("<Q", 1 << 62)
 FILES = [
-    pytest.param(lambda data: b"", "header too small", id="empty"),
+    pytest.param(lambda data: b"", "no readable safetensors", id="empty"),
     pytest.param(lambda data: data[:100], "safetensors file", id="header-cut"),
-    pytest.param(lambda data: data[:-1], "not fully covered", id="data-cut"),
-    pytest.param(lambda data: data + b"\0", "not fully covered", id="data-long"),
-    pytest.param(lambda data: struct.pack("<Q", 1 << 62) + data[8:], "header too large", id="header-length"),
-    pytest.param(lambda data: pickle.dumps({"x": print}), "header too large", id="pickle"),
+    pytest.param(lambda data: data[:-1], "no readable safetensors", id="data-cut"),
+    pytest.param(lambda data: data + b"\0", "no readable safetensors", id="data-long"),
+    pytest.param(lambda data: LONG + data[8:], "no readable safetensors", id="header-length"),
+    pytest.param(lambda data: pickle.dumps({"x": print}), "no readable safetensors", id="pickle"),
     pytest.param(lambda data: data.replace(b'"F32"', b'"F99"'), "safetensors file", id="dtype"),
     pytest.param(lambda data: struct.pack("<Q", 2) + b"{}", "holds no lora_A", id="no-tensors"),
 ]  # fmt: skip

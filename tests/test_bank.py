@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import linecache
 import random
@@ -426,6 +427,44 @@ def test_an_interrupt_at_any_line_of_a_load_loses_nothing():
     assert 60 < stop < 999
 
 
+def test_copies_wait_for_the_last_use_and_the_next_use_for_the_copy(monkeypatch):
+    """The order of events that a GPU needs, with events that only record it."""
+    bank, _ = bank_of(3, slots=1)
+
+    class Event:
+        def query(self):
+            return False
+
+    log, write_slot = [], Pool.write
+
+    def write(self, slot, adapter, factor, after, cancelled):
+        after = list(after)
+        write_slot(self, slot, adapter, factor, (), cancelled)
+        log.append(("write", after, Event()))
+        return log[-1][2]
+
+    def mark(self):
+        log.append(("use", Event()))
+        return log[-1][1]
+
+    monkeypatch.setattr(Pool, "write", write)
+    monkeypatch.setattr(Pool, "mark", mark)
+    monkeypatch.setattr(Pool, "wait", lambda self, event: log.append(("wait", event)))
+    stream = iter((7, 8, 7, 7))
+    monkeypatch.setattr(Pool, "stream_key", lambda self: next(stream))
+    bank.acquire(["a0"])
+    bank.acquire(["a0"])
+    bank.release(["a0"])
+    bank.release(["a0"])  # from another stream
+    bank.load("a1")
+    bank.load("a2")
+    first, waits, again, use, other, second, _, mark_second, third, _, _ = log
+    assert first[:2] == ("write", [])
+    assert waits == again == ("wait", first[2])
+    assert second[:2] == ("write", [use[1], other[1]])
+    assert third[:2] == ("write", [mark_second[1]])
+
+
 class Traffic(hypothesis.stateful.RuleBasedStateMachine):
     """Any order of calls, against a plain model of what a bank must do."""
 
@@ -562,7 +601,7 @@ def request(rng):
     return [None if rng.random() < 0.1 else f"a{pick}" for pick in picks]
 
 
-def run_traffic(bank, truths, bad, requests, seed, cancel_share=0.0):
+def run_traffic(bank, truths, bad, requests, seed, cancel_share=0.0, changing=frozenset()):
     """Send requests; give how many failed because of a broken adapter, and how many were cancelled."""
     rng = random.Random(seed)
     failed = cancelled = 0
@@ -586,6 +625,8 @@ def run_traffic(bank, truths, bad, requests, seed, cancel_share=0.0):
         except LoadCancelled:
             assert cancel is not None
             cancelled += 1
+        except KeyError:
+            assert changing & set(names)  # removed just then
         except (ValueError, FileNotFoundError) as error:
             assert broken_names, error
             assert any(f"/{name}" in str(error) for name in broken_names)
@@ -636,21 +677,39 @@ def test_random_traffic_with_broken_files_threads_and_cancelled_loads(shelf):
     bank = AdapterBank(LAYERS, SLOTS, MAX_RANK, host_bytes=200_000)
     for name in truths:
         bank.add(name, folder / name, lazy=True)
-    results, errors = [], []
+    results, errors, done = [], [], threading.Event()
+    changing = frozenset(f"a{i}" for i in range(1, 7))  # popular, and not broken
 
     def work(seed):
         try:
-            results.append(run_traffic(bank, truths, bad, 250, seed, cancel_share=0.2))
+            results.append(run_traffic(bank, truths, bad, 250, seed, 0.2, changing))
         except BaseException as error:
             errors.append(error)
 
+    def change():
+        """Unload, remove and add again what others use."""
+        rng = random.Random(99)
+        while not done.is_set():
+            name = rng.choice(sorted(changing))
+            with contextlib.suppress(RuntimeError):  # in use or pinned
+                rng.choice((bank.unload, bank.remove, bank.pin, bank.unpin))(name)
+            if name not in bank:
+                bank.add(name, folder / name, lazy=True)
+            time.sleep(1e-4)
+
+    changer = threading.Thread(target=change)
+    changer.start()
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
         assert not thread.is_alive(), "deadlock"
-    assert not errors, errors
+    done.set()
+    changer.join(120)
+    assert not changer.is_alive() and not errors, errors
+    for name in changing:
+        bank.unpin(name)
     assert sum(failed for failed, _ in results) > 100
     assert sum(cancelled for _, cancelled in results) > 10
     good = [name for name in truths if name not in bad]
