@@ -111,6 +111,27 @@ def test_each_request_gets_the_tokens_of_its_adapter_alone(models, served, optio
     assert torch.equal(again, mixed)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 2}, {"guidance_scale": 1.5}],
+    ids=["prompt-lookup", "guidance"],
+)
+def test_ways_of_generating_that_run_the_model_otherwise(models, served, options):
+    (alone, _), (model, _), inputs = models, served, prompts(1)
+    options = options | {"do_sample": False, "max_new_tokens": 8}
+    expected = alone["all"].generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, adapter_ids=["all"]), expected)
+
+
+def test_sampling_repeats_with_the_generator_of_torch(models, served):
+    (alone, _), (model, _), inputs = models, served, prompts(1)
+    options = {"do_sample": True, "max_new_tokens": 6, "num_return_sequences": 3}
+    torch.manual_seed(3)
+    expected = alone["mixed"].generate(**inputs, **options)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(**inputs, **options, adapter_ids=["mixed"]), expected)
+
+
 def test_logits_by_names_slots_and_routing(models, served):
     (alone, _), (model, bank), inputs = models, served, prompts()
     with torch.no_grad():
