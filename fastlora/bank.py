@@ -76,6 +76,8 @@ class AdapterBank:
             if value < 1 or (limit is not None and value > limit):
                 words = "at least 1" if limit is None else f"from 1 to {limit}"
                 raise ValueError(f"{option} must be {words}, got {value}")
+        if host_bytes is not None and (not isinstance(host_bytes, int) or host_bytes < 0):
+            raise ValueError(f"host_bytes must be None or an int from 0, got {host_bytes!r}")
         shapes, dtype, device = _shapes(layers, target_modules, dtype, device)
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")

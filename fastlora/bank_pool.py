@@ -65,7 +65,10 @@ def servable_layers(
         if weight is not None:
             layers[name] = weight
         elif targets is not None and isinstance(module, nn.Linear):
-            raise ValueError(f"{name} is a {type(module).__name__} that a bank cannot serve")
+            reason = (
+                base_problem(module) or f"it is a {type(module).__name__}, a subclass of Linear"
+            )
+            raise ValueError(f"{name} cannot be served: {reason}")
     if not layers:
         raise ValueError(f"target_modules={target_modules!r} names no linear of the model")
     return layers

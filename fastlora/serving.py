@@ -206,6 +206,7 @@ class _Serving:
     """What `serve` did to a model."""
 
     def __init__(self, model: nn.Module, bank: AdapterBank) -> None:
+        self.model = model
         self.bank = bank
         self.replaced: dict[str, Any] = {}
         self.layers: list[tuple[nn.Module, _LayerForward]] = []

@@ -213,7 +213,10 @@ def test_missing_files_and_pickles(tmp_path):
     refused(folder, FileNotFoundError, "no adapter_config.json in")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="FIFOs and /dev/zero are POSIX's")
+POSIX = pytest.mark.skipif(os.name != "posix", reason="FIFOs and /dev/zero are POSIX's")
+
+
+@POSIX
 def test_what_is_no_regular_file_neither_hangs_nor_is_read(tmp_path):
     folder = write(tmp_path / "bad")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -241,6 +244,7 @@ def test_what_is_no_regular_file_neither_hangs_nor_is_read(tmp_path):
     refused(folder, ValueError, "has 1099511627776 bytes, more than")
 
 
+@POSIX
 def test_nothing_that_the_configuration_names_is_opened(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)  # opening it would hang
@@ -321,8 +325,12 @@ def test_layers_of_a_model():
     with pytest.raises(ValueError, match="names no linear"):
         AdapterBank(model, 2, 4, target_modules=["block"])
     model.half_precision = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="half_precision is a ParametrizedLinear"):
+    with pytest.raises(ValueError, match="half_precision cannot be served: base.weight must be"):
         AdapterBank(model, 2, 4, target_modules=["half_precision"])
+    model.hooked = nn.Linear(2, 2)
+    model.hooked.forward = lambda x: x
+    with pytest.raises(ValueError, match="hooked cannot be served: base must compute"):
+        AdapterBank(model, 2, 4, target_modules=["hooked"])
 
 
 def test_what_save_adapter_writes_is_what_the_bank_serves(tmp_path):

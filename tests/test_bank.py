@@ -122,6 +122,9 @@ def test_a_mixed_batch_gets_each_adapter_and_none():
 
 def test_tensors_keep_their_addresses_and_smaller_adapters_leave_no_trace():
     bank, truths = bank_of(8, slots=1)
+    for name in LAYERS:  # what is in a slot beside its adapter must not matter
+        bank.layer(name).lora_A.fill_(float("nan"))
+        bank.layer(name).lora_B.fill_(float("nan"))
     before = [t.data_ptr() for name in LAYERS for t in vars(bank.layer(name)).values()]
     for name in ("a3", "a0", "a7", "a4"):  # ranks 4, 1, 4, 1
         with bank.use([name]) as ids:
@@ -272,6 +275,7 @@ def test_values_are_cast_to_the_dtype_of_the_bank():
         ({"layers": {"q": (4, 0)}}, ValueError, r"layers\['q'\] must be"),
         ({"layers": [("q", (4, 4))]}, TypeError, "layers must be a model or a mapping"),
         ({"target_modules": ["q"]}, ValueError, "target_modules must be None"),
+        ({"host_bytes": -1}, ValueError, "host_bytes must be None or an int from 0, got -1"),
         ({"dtype": torch.int8}, ValueError, "dtype must be float16"),
     ],
 )
