@@ -748,3 +748,27 @@ def test_a_captured_graph_replays_with_other_adapters_in_the_slots():
                 expected[row] += scaling * (x[row] @ lora_A.cuda().t() @ lora_B.cuda().t())
         torch.testing.assert_close(y, expected, atol=1e-2, rtol=1e-2)
     assert bank.stats().evictions > 0
+
+
+@pytest.mark.gpu
+def test_copies_on_the_side_stream_overtake_no_compute():
+    shapes = {"q": (512, 1024)}
+    bank = AdapterBank(shapes, 2, 16, device="cuda")
+    truths = {}
+    for i in range(6):
+        lora_A, lora_B = torch.randn(16, 1024), torch.randn(512, 16)
+        bank.add(f"a{i}", {"q.lora_A": lora_A, "q.lora_B": lora_B}, config={"lora_alpha": 16})
+        truths[f"a{i}"] = lora_A.cuda(), lora_B.cuda()
+    x, weight = torch.randn(256, 1024, device="cuda"), torch.randn(512, 1024, device="cuda")
+    rng, results = random.Random(0), []
+    with torch.no_grad():
+        for _ in range(200):  # without a sync: the host runs far ahead
+            names = rng.sample(sorted(truths), 2)
+            with bank.use(names * 128) as ids:
+                results.append((names, fastlora.lora_linear_multi(x, weight, bank.layer("q"), ids)))
+        frozen = x @ weight.t()
+        for names, y in results:
+            for half, name in enumerate(names):
+                lora_A, lora_B = truths[name]
+                expected = frozen[half::2] + x[half::2] @ lora_A.t() @ lora_B.t()
+                torch.testing.assert_close(y[half::2], expected, atol=1.0, rtol=2e-2)
