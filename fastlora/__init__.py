@@ -3,13 +3,16 @@
 from fastlora import reference
 from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
-from fastlora.adapters import AdapterStack, Routing, route
+from fastlora.adapters import AdapterStack, Routing, route, stack_adapters
+from fastlora.bank import AdapterBank
 from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
 from fastlora.modules import LoRALinear
 from fastlora.multi import lora_linear_multi
+from fastlora.serving import serve, unserve
 
 __all__ = [
+    "AdapterBank",
     "AdapterStack",
     "InjectionReport",
     "LoRALinear",
@@ -23,4 +26,7 @@ __all__ = [
     "reference",
     "route",
     "save_adapter",
+    "serve",
+    "stack_adapters",
+    "unserve",
 ]

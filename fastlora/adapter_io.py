@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -22,8 +23,8 @@ from fastlora.modules import LoRALinear, lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_PARTS = ("lora_A", "lora_B")
+PREFIX = "base_model.model."
+PARTS = ("lora_A", "lora_B")
 _LISTED = 10
 _WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -81,7 +82,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     model = _unwrap(model)
     layers = _lora_layers(model)
     for name, layer in layers.items():
-        for part in _PARTS:
+        for part in PARTS:
             if getattr(layer, part).is_meta:
                 raise ValueError(f"{name}.{part} is on the meta device, there is nothing to save")
     aliases = _aliases(model, layers)
@@ -92,9 +93,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             stacklevel=2,
         )
     parameters = {
-        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
+        f"{PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
         for name, layer in layers.items()
-        for part in _PARTS
+        for part in PARTS
     }
     sharded = any(is_dtensor(parameter) for parameter in parameters.values())
     if sharded:
@@ -140,9 +141,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{weights} is no readable safetensors file: {error}") from error
 
     wanted = {
-        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part)
+        f"{PREFIX}{name}.{part}.weight": getattr(layer, part)
         for name, layer in layers.items()
-        for part in _PARTS
+        for part in PARTS
     }
     missing = [key for key in wanted if key not in tensors]
     if missing:
@@ -279,12 +280,42 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG_NAME} in {path.parent}")
+    return parse_config(path.read_bytes(), str(path))
+
+
+def parse_config(data: bytes, path: str) -> dict[str, Any]:
+    """Return the configuration that ``adapter_config.json`` holds, if it says plain LoRA.
+
+    Args:
+        data: The bytes of the file.
+        path: Where they are from, for the message.
+
+    Returns:
+        dict: The settings.
+
+    Raises:
+        ValueError: It is no JSON object, or asks for something else than plain LoRA.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    check_config(config, path)
+    return config
+
+
+def check_config(config: Mapping[str, Any], path: str) -> None:
+    """Raise unless a configuration of PEFT's says plain LoRA.
+
+    Args:
+        config: What ``adapter_config.json`` holds.
+        path: Where it is from, for the message.
+
+    Raises:
+        ValueError: It asks for something else; the message names the setting.
+    """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
     for key in _UNSUPPORTED:
@@ -297,7 +328,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: init_lora_weights={init!r} changes the base weights and is not supported"
         )
-    return config
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
@@ -319,31 +349,65 @@ def _check_tensor(key: str, tensor: Tensor, parameter: Tensor) -> None:
 
 
 def _check_scaling(name: str, layer: LoRALinear, config: Mapping[str, Any]) -> None:
-    # PEFT's defaults stand where a file leaves a setting out.
-    alpha = _pattern_value(config, "alpha_pattern", name, config.get("lora_alpha", 8))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"lora_alpha of {name} must be a number, got {alpha!r}")
-    scaling = lora_scaling(layer.r, alpha, bool(config.get("use_rslora")))
+    alpha, rslora = alpha_of(name, config)
+    scaling = lora_scaling(layer.r, alpha, rslora)
     if not math.isclose(scaling, float(layer.scaling), rel_tol=1e-6):
         raise ValueError(
             f"{name} has scaling {float(layer.scaling):g} in the model, but the adapter was made "
             f"with {scaling:g} (r={layer.r}, lora_alpha={alpha}, "
-            f"use_rslora={bool(config.get('use_rslora'))}); inject with the same settings"
+            f"use_rslora={rslora}); inject with the same settings"
         )
 
 
-def _pattern_value(config: Mapping[str, Any], field: str, name: str, default: Any) -> Any:
-    """Look a module up as PEFT does: the first pattern that matches the end of its name wins."""
+def alpha_of(name: str, config: Mapping[str, Any]) -> tuple[float, bool]:
+    """Return ``lora_alpha`` and ``use_rslora`` of a layer; PEFT's defaults where a file has none.
+
+    Args:
+        name: The layer's name.
+        config: What ``adapter_config.json`` holds.
+
+    Returns:
+        tuple: ``lora_alpha`` and ``use_rslora``.
+
+    Raises:
+        ValueError: ``lora_alpha`` is no number.
+    """
+    alpha = pattern_value(config, "alpha_pattern", name, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"lora_alpha of {name} must be a number, got {alpha!r}")
+    return alpha, bool(config.get("use_rslora"))
+
+
+def pattern_value(config: Mapping[str, Any], field: str, name: str, default: Any) -> Any:
+    """Look a module up as PEFT does: the first pattern that matches the end of its name wins.
+
+    Args:
+        config: What ``adapter_config.json`` holds.
+        field: ``"rank_pattern"`` or ``"alpha_pattern"``.
+        name: The module's name.
+        default: What a module without a pattern has.
+
+    Returns:
+        The value for the module.
+
+    Raises:
+        ValueError: The field is no object of patterns.
+    """
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{field} must be an object of patterns, got {patterns!r}")
     for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if _end_pattern(pattern).match(name):
                 return value
         except re.error as error:
             raise ValueError(f"{field} holds a bad pattern {pattern!r}: {error}") from error
     return default
+
+
+@functools.lru_cache(maxsize=8192)  # re's own cache is smaller than a large model's patterns
+def _end_pattern(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _listing(names: Sequence[str]) -> str:
