@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,9 +80,13 @@ def decide(call: Call) -> Decision:
     problem = _machine_problem(call) or _size_problem(call.M, call.K, call.N, call.R)
     if problem:
         return Decision("eager", problem)
+    return Decision("fused", f"{_fused_words(call)}, rank {call.R}")
+
+
+def _fused_words(call: Call) -> str:
     if call.interpreted:
-        return Decision("fused", "the kernels run in Triton's interpreter (TRITON_INTERPRET=1)")
-    return Decision("fused", f"CUDA capability {call.capability}, {call.x_dtype}, rank {call.R}")
+        return "the kernels run in Triton's interpreter (TRITON_INTERPRET=1)"
+    return f"CUDA capability {call.capability}, {call.x_dtype}"
 
 
 def _machine_problem(call: Call) -> str:
@@ -122,34 +126,37 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
-def _call(
-    device: torch.device, dtypes: tuple[torch.dtype, ...], M: int, K: int, N: int, R: int
-) -> Call:
+@functools.lru_cache(maxsize=4096)
+def _cached(
+    of: Callable[[Call], str], device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> str:
     x_dtype, weight_dtype, *adapter_dtypes = dtypes
-    return Call(
-        device_type=device.type,
-        capability=_capability(device),
-        x_dtype=x_dtype,
-        weight_dtype=weight_dtype,
-        adapter_dtypes=tuple(adapter_dtypes),
-        M=M,
-        K=K,
-        N=N,
-        R=R,
-        interpreted=INTERPRETED,
-        triton_problem=_TRITON_PROBLEM,
+    return of(
+        Call(
+            device_type=device.type,
+            capability=_capability(device),
+            x_dtype=x_dtype,
+            weight_dtype=weight_dtype,
+            adapter_dtypes=tuple(adapter_dtypes),
+            M=1,
+            K=1,
+            N=1,
+            R=1,
+            interpreted=INTERPRETED,
+            triton_problem=_TRITON_PROBLEM,
+        )
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _cached_machine_problem(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
-    return _machine_problem(_call(device, dtypes, 1, 1, 1, 1))
+# torch.compile calls these two while tracing: what they ask the machine for cannot be traced.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _this_machines_problem(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    return _cached(_machine_problem, device, dtypes)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _this_machines_problem(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
-    """`_machine_problem` here. torch.compile calls it while tracing, which it could not trace."""
-    return _cached_machine_problem(device, dtypes)
+def _this_machines_words(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    return _cached(_fused_words, device, dtypes)
 
 
 def problem_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
@@ -191,9 +198,8 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
     problem = problem_for(x, weight, lora_A, lora_B)
     if problem:
         return Decision("eager", problem)
-    dtypes = (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
-    N, K = weight.shape
-    return decide(_call(x.device, dtypes, x.shape[:-1].numel(), K, N, lora_A.shape[-2]))
+    words = _this_machines_words(x.device, (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype))
+    return Decision("fused", f"{words}, rank {lora_A.shape[-2]}")
 
 
 @contextlib.contextmanager

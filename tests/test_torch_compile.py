@@ -323,6 +323,13 @@ def test_force_is_part_of_what_a_graph_was_made_for(oracle, device):
     assert [("fastlora.lora_linear" in code) for code in found] == [True, False]
 
 
+def test_the_decision_itself_can_be_traced(oracle, device, path):
+    tensors = oracle.make_case(5, 16, 8, 4, F32, device, bias=False).tensors
+    call, _ = compiled(lambda x, *t: x + dispatch.decide_for(x, *t).fused, dynamic=True)
+    x = tensors["x"]
+    assert torch.equal(call(*tensors.values()), x + (path == "fused"))
+
+
 def test_no_grad_and_inference_mode(device, path):
     model = injected(device)
     call, _ = compiled(model)
