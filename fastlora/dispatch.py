@@ -124,7 +124,15 @@ def _decide_cached(
     )
 
 
-def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:
+def decide_for(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    rank: int | None = None,
+) -> Decision:
     """The decision for these tensors on this machine.
 
     Args:
@@ -132,6 +140,9 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
         weight (Tensor): ``[N, K]``.
         lora_A (Tensor): ``[R, K]``.
         lora_B (Tensor): ``[N, R]``.
+        dtype (torch.dtype | None): what x and weight will be cast to, where not as they are. Default:
+            ``None``.
+        rank (int | None): the rank of the product, where ``lora_A`` is one part of it. Default: ``None``.
 
     Returns:
         Decision: the path and its reason.
@@ -145,9 +156,9 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
                 "eager", "a tensor is of a subclass, which the kernels cannot look into"
             )
     # Of the number of rows only zero matters: batches of any length share an entry of the cache.
-    dtypes = (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
+    dtypes = (dtype or x.dtype, dtype or weight.dtype, lora_A.dtype, lora_B.dtype)
     M, (N, K) = min(x.numel(), 1), weight.shape
-    return _decide_cached(x.device, dtypes, M, K, N, lora_A.shape[0])
+    return _decide_cached(x.device, dtypes, M, K, N, lora_A.shape[0] if rank is None else rank)
 
 
 @contextlib.contextmanager
