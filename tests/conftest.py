@@ -102,3 +102,21 @@ def poison_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `F.dropout`, which PEFT calls, draw the masks that fastlora draws from the same generator."""
+    from fastlora import reference
+    from fastlora.kernels.config import keep_scale
+
+    def dropout(
+        x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
+        if not training or p == 0:
+            return x
+        rows, K = x.numel() // x.shape[-1], x.shape[-1]
+        keep = reference.dropout_keep_mask(reference.draw_seed(x.device), rows, K, p, x.device)
+        return torch.where(keep.view(x.shape), x * keep_scale(p), 0)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)

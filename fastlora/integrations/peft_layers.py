@@ -106,24 +106,24 @@ def operands(layer: PeftLinear, x: Tensor | None = None) -> Operands | str:
             rank += found.lora_A.shape[0]
     if not adapters:
         return "no active adapter is in this layer"
-    first = adapters[0]
     if len(adapters) > 1:
-        for other in adapters:
-            if other.dropout_p > 0:
+        for adapter in adapters:
+            if adapter.dropout_p > 0:
                 return "several adapters are active with dropout, each with a mask of its own"
-            if other.lora_A.dtype != first.lora_A.dtype:
-                return "the active adapters differ in dtype"
-
     if x is None:
         x = weight
     elif not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
     elif x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return f"x of shape {tuple(x.shape)} does not fit {weight.shape[1]} in_features"
-    if x.device != weight.device or x.device != first.lora_A.device:
-        return f"x is on {x.device}, the layer on {weight.device} and {first.lora_A.device}"
-    decision = decide_for(x, weight, first.lora_A, first.lora_B, dtype=autocast_dtype(x), rank=rank)
-    return Operands(weight, bias, adapters) if decision.fused else decision.reason
+    dtype = autocast_dtype(x)
+    for adapter in adapters:
+        if x.device != weight.device or x.device != adapter.lora_A.device:
+            return f"x is on {x.device}, the layer on {weight.device} and {adapter.lora_A.device}"
+        decision = decide_for(x, weight, adapter.lora_A, adapter.lora_B, dtype=dtype, rank=rank)
+        if not decision.fused:
+            return decision.reason
+    return Operands(weight, bias, adapters)
 
 
 def ineligible(layer: Any) -> str | None:
