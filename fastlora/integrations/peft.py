@@ -104,7 +104,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         ('base_model.model.0',)
     """
     layers = _lora_layers(model)
-    ours = _layers_file()
+    ours, model_file = _our_files()
     modules = []
     for name, module in layers:
         reason = ours.ineligible(module)
@@ -114,6 +114,9 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         module.__class__ = ours.AcceleratedLinear
         found = ours.operands(module)
         modules.append(AcceleratedModule(name, True, now=found if isinstance(found, str) else ""))
+    for module in model.modules():
+        if type(module) is model_file.PeftLoraModel:
+            module.__class__ = model_file.AcceleratedLoraModel
     return AccelerationReport(tuple(modules))
 
 
@@ -141,18 +144,20 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         ('base_model.model.0',)
     """
     layers = _lora_layers(model)
-    ours = _layers_file()
+    ours, model_file = _our_files()
     names = tuple(name for name, module in layers if type(module) is ours.AcceleratedLinear)
-    for _, module in layers:
+    for module in model.modules():
         if type(module) is ours.AcceleratedLinear:
             module.__class__ = ours.PeftLinear
+        elif type(module) is model_file.AcceleratedLoraModel:
+            module.__class__ = model_file.PeftLoraModel
     return names
 
 
 def _lora_layers(model: object) -> list[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    _layers_file()
+    _our_files()
     from peft.tuners.lora import LoraLayer
 
     layers = [
@@ -168,12 +173,12 @@ def _lora_layers(model: object) -> list[tuple[str, nn.Module]]:
     return layers
 
 
-def _layers_file() -> ModuleType:
-    """`peft_layers`, which cannot be imported without PEFT."""
+def _our_files() -> tuple[ModuleType, ModuleType]:
+    """`peft_layers` and `peft_model`, which cannot be imported without PEFT."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
         raise ImportError(f"this needs PEFT, pip install peft: {error}") from error
-    from fastlora.integrations import peft_layers
+    from fastlora.integrations import peft_layers, peft_model
 
-    return peft_layers
+    return peft_layers, peft_model
