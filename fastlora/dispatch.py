@@ -138,8 +138,8 @@ def decide_for(
     Args:
         x (Tensor): ``(..., K)``.
         weight (Tensor): ``[N, K]``.
-        lora_A (Tensor): ``[R, K]``.
-        lora_B (Tensor): ``[N, R]``.
+        lora_A (Tensor): ``[R, K]``, or a stack of them.
+        lora_B (Tensor): ``[N, R]``, likewise.
         dtype (torch.dtype | None): what x and weight will be cast to, where not as they are. Default:
             ``None``.
         rank (int | None): the rank of the product, where ``lora_A`` is one part of it. Default: ``None``.
@@ -158,7 +158,7 @@ def decide_for(
     # Of the number of rows only zero matters: batches of any length share an entry of the cache.
     dtypes = (dtype or x.dtype, dtype or weight.dtype, lora_A.dtype, lora_B.dtype)
     M, (N, K) = min(x.numel(), 1), weight.shape
-    return _decide_cached(x.device, dtypes, M, K, N, lora_A.shape[0] if rank is None else rank)
+    return _decide_cached(x.device, dtypes, M, K, N, lora_A.shape[-2] if rank is None else rank)
 
 
 @contextlib.contextmanager

@@ -91,8 +91,8 @@ def _lora_forward_pointer_kernel(
         )  # [BLOCK_K, BLOCK_N]
         acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
     acc = add_rank_product(
-        acc, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
-        y_ptr.dtype.element_ty, PRECISION, R_STEPS, BLOCK_R,
+        acc, s_ptr, b_ptr, offs_m, offs_m[:, None] < M, offs_n, N, R, R_STEPS * BLOCK_R,
+        0, stride_sm, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, 1, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         acc = _add_bias(acc, bias_ptr, offs_n, N)
