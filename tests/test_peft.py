@@ -120,6 +120,7 @@ def only(which: str) -> Iterator[None]:
             patch.setattr(PeftLinear, "forward", forbidden)
         else:
             patch.setattr(peft_layers, "lora_linear", forbidden)
+            patch.setattr(peft_layers, "lora_linear_multi", forbidden)
         yield
 
 
@@ -141,12 +142,17 @@ def measure(
     return {"y": y.detach(), **got}
 
 
-def peft_forward(layer: PeftLinear) -> Callable[[Tensor], Tensor]:
-    return lambda x: PeftLinear.forward(layer, x)
+def peft_forward(layer: PeftLinear, **kwargs: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: PeftLinear.forward(layer, x, **kwargs)
 
 
 def compare(
-    model: nn.Module, oracle: ModuleType, precision: Precision, device: str, x: Tensor | None = None
+    model: nn.Module,
+    oracle: ModuleType,
+    precision: Precision,
+    device: str,
+    x: Tensor | None = None,
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Accelerate; assert that the fused pass is as exact as PEFT's forward against one in fp64."""
     layer = lin(model)
@@ -154,13 +160,13 @@ def compare(
     dy = torch.randn(*x.shape[:-1], OUT, device=device).to(precision.out)
     exact_layer = copy.deepcopy(layer).double()
     with only("PEFT"):
-        plain = measure(peft_forward(layer), layer, x, dy, precision.autocast)
-        exact = measure(peft_forward(exact_layer), exact_layer, x.double(), dy.double())
+        plain = measure(peft_forward(layer, **kwargs), layer, x, dy, precision.autocast)
+        exact = measure(peft_forward(exact_layer, **kwargs), exact_layer, x.double(), dy.double())
     report = fastlora.accelerate(model)
     assert [m.forward for m in report.modules] == ["fused"], str(report)
     assert type(layer) is peft_layers.AcceleratedLinear
     with only("fused"):
-        got = measure(layer, layer, x, dy, precision.autocast)
+        got = measure(lambda t: layer(t, **kwargs), layer, x, dy, precision.autocast)
     assert got.keys() == plain.keys() == exact.keys()
     for name in exact:
         assert got[name].dtype == plain[name].dtype, name
@@ -306,6 +312,98 @@ def test_scalings_as_tensors(oracle: ModuleType, device: str):
     compare(model, oracle, PRECISIONS["fp32"], device)
 
 
+# Mixed batches
+
+NAMES = ["default", "__base__", "small", "absent", "default", "big"]
+
+
+def make_mixed(precision: Precision, device: str, **config: Any) -> nn.Module:
+    """Three adapters of three ranks, all of them trainable."""
+    model = make_model(precision, device=device, **config)
+    add_adapter(model, "small", r=2, lora_alpha=3, **config)
+    add_adapter(model, "big", r=9, use_rslora=True, **config)
+    lin(model).to(precision.base if not precision.adapters_fp32 else None)
+    model.base_model.set_adapter(["default", "small", "big"])
+    return model
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+def test_mixed_batch(precision: Precision, oracle: ModuleType, device: str):
+    """In training mode, where PEFT's layer does not refuse: its model does."""
+    model = make_mixed(precision, device)
+    x = make_x(precision, device, (len(NAMES), 5))
+    got = compare(model, oracle, precision, device, x, adapter_names=NAMES)
+    assert sum("lora_" in name for name in got) == 6
+
+
+def test_mixed_batch_of_single_rows_and_of_one_adapter(oracle: ModuleType, device: str):
+    precision = PRECISIONS["fp32"]
+    x = make_x(precision, device, (6,))
+    for names in (NAMES, ["small"] * 6, ["small"] * 5 + ["__base__"]):
+        compare(make_mixed(precision, device), oracle, precision, device, x, adapter_names=names)
+
+
+def test_mixed_batch_with_scalings_as_tensors(oracle: ModuleType, device: str):
+    precision = PRECISIONS["fp32"]
+    model = make_mixed(precision, device)
+    lin(model).scaling["default"] = torch.tensor(1.7, device=device)
+    lin(model).scaling["big"] = torch.tensor(0.6)
+    x = make_x(precision, device, (len(NAMES), 2))
+    compare(model, oracle, precision, device, x, adapter_names=NAMES)
+    lin(model).scaling["default"].fill_(0.2)
+    compare(model, oracle, precision, device, x, adapter_names=NAMES)
+
+
+def test_mixed_batch_with_dropout_masks_each_row_as_one_adapter_would(device: str):
+    precision = PRECISIONS["fp32"]
+    model = make_mixed(precision, device, lora_dropout=0.4)
+    fastlora.accelerate(model)
+    layer, x = lin(model), make_x(precision, device, (len(NAMES), 3))
+    with only("fused"):
+        torch.manual_seed(SEED)
+        y = layer(x, adapter_names=NAMES)
+        for row, name in enumerate(NAMES):
+            torch.manual_seed(SEED)
+            if name in ("__base__", "absent"):
+                expected = layer.base_layer(x)
+            else:
+                expected = layer(x, adapter_names=[name] * len(NAMES))
+            torch.testing.assert_close(y[row], expected[row], atol=1e-5, rtol=1e-5)
+
+
+def test_mixed_batches_that_go_to_peft(device: str):
+    x = make_x(PRECISIONS["fp32"], device, (3, 2))
+    names = ["default", "other", "__base__"]
+
+    def assert_handed_back(model: nn.Module, reason: str, names: list[str] = names) -> None:
+        fastlora.accelerate(model)
+        layer = lin(model)
+        found = peft_layers.operands(layer, x, names)
+        assert isinstance(found, str) and reason in found
+        with only("PEFT"):
+            got = layer(x, adapter_names=names)
+        assert torch.equal(got, PeftLinear.forward(layer, x, adapter_names=names))
+
+    model = make_model(device=device).eval()
+    assert_handed_back(model, "no adapter in use", ["__base__"] * 3)
+    model = make_model(device=device, lora_bias=True).eval()
+    add_adapter(model, "other", r=2)
+    assert_handed_back(model, "has a bias on lora_B")
+    model = make_model(device=device)
+    add_adapter(model, "other", r=2, lora_dropout=0.2)
+    lin(model).lora_dropout["other"].p = 1.0  # so that PEFT's result has no chance in it
+    assert_handed_back(model, "differ in dropout")
+    lin(model).enable_adapters(False)
+    assert_handed_back(model, "adapters are disabled")
+    for wrong in (["default"], ["default", "other"]):
+        with pytest.raises(ValueError, match="Length of `adapter_names`"):
+            lin(model)(x, adapter_names=wrong)
+    lin(model).enable_adapters(True)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged adapters"):
+        lin(model)(x, adapter_names=names)
+
+
 # Handed back
 
 
@@ -379,6 +477,10 @@ def two_with_dropout(model: nn.Module) -> None:
     model.base_model.set_adapter(["default", "other"])
 
 
+def twice(model: nn.Module) -> None:
+    model.base_model.set_adapter(["default", "default"])
+
+
 def two_dtypes(model: nn.Module) -> None:
     add_adapter(model, "other", r=3)
     lin(model).lora_A["other"].double()
@@ -418,10 +520,11 @@ HANDED_BACK: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "scaling of a shape": (scaling_by_row, "not a constant number"),
     "trained scaling": (trained_scaling, "not a constant number"),
     "two adapters with dropout": (two_with_dropout, "several adapters are active with dropout"),
+    "one adapter twice": (twice, "adapter 'default' is active twice"),
     "two dtypes": (two_dtypes, "an adapter is torch.float64"),
     "disabled": (disabled, "adapters are disabled"),
     "merged": (merged, "merged into the base weight"),
-    "no such adapter": (adapter_elsewhere, "no active adapter is in this layer"),
+    "no such adapter": (adapter_elsewhere, "no adapter in use is in this layer"),
     "DoRA active": (second_is_dora, "'dora' is a variant of LoRA, Dora"),
 }
 

@@ -6,6 +6,7 @@ flags at any time, so every call reads them anew, and what is not exactly known 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,26 +19,20 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora.dispatch import decide_for
 from fastlora.functional import autocast_dtype, lora_linear
+from fastlora.integrations.peft_adapters import Adapter, add_bias, concatenate, routing_for, stack
+from fastlora.multi import lora_linear_multi
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-class Adapter(NamedTuple):
-    """What one adapter of a layer holds at this moment."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-    scaling: float | Tensor
-    dropout_p: float
-
-
 class Operands(NamedTuple):
-    """What the fused forward of a layer works on: weight ``[N, K]``, bias ``[N]``, active adapters."""
+    """What the fused forward of a layer works on: weight ``[N, K]``, bias ``[N]``, adapters by name."""
 
     weight: Tensor
     bias: Tensor | None
-    adapters: list[Adapter]
+    adapters: dict[str, Adapter]
+    mixed: bool
+    """Whether rows differ in their adapter; else all rows have the sum of the adapters."""
 
 
 class AcceleratedLinear(PeftLinear):  # type: ignore[misc]
@@ -49,27 +44,35 @@ class AcceleratedLinear(PeftLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What PEFT's forward computes, in the same dtype."""
+        names = None
         if args or kwargs:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        found = operands(self, x)
+            names = kwargs.get("adapter_names")
+            if args or names is None or len(kwargs) > 1:
+                return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        found = operands(self, x, names)
         if isinstance(found, str):
-            return super().forward(x)  # type: ignore[no-any-return]
-        weight, bias, adapters = found
-        adapter = adapters[0] if len(adapters) == 1 else _concatenate(adapters)
-        if adapter.bias is not None:
-            bias = _add_bias(bias, adapter)
+            return super().forward(x, **kwargs)  # type: ignore[no-any-return]
+        weight, bias, by_name, mixed = found
+        adapters = list(by_name.values())
+        if mixed:
+            routing = routing_for(names, tuple(by_name), x.shape[:-1], x.device)  # type: ignore[arg-type]
+            p = adapters[0].dropout_p
+            return lora_linear_multi(x, weight, stack(adapters), routing, bias=bias, dropout_p=p)
+        adapter = adapters[0] if len(adapters) == 1 else concatenate(adapters)
         return lora_linear(
             x,
             weight,
             adapter.lora_A,
             adapter.lora_B,
-            bias=bias,
+            bias=add_bias(bias, adapter),
             scaling=adapter.scaling,
             dropout_p=adapter.dropout_p,
         )
 
 
-def operands(layer: PeftLinear, x: Tensor | None = None) -> Operands | str:
+def operands(
+    layer: PeftLinear, x: Tensor | None = None, names: Sequence[str] | None = None
+) -> Operands | str:
     """What a call of ``layer`` on x would be computed from, or why PEFT's own forward must run.
 
     The only place that decides. It reads attributes and no data, so it never waits for the device.
@@ -77,6 +80,8 @@ def operands(layer: PeftLinear, x: Tensor | None = None) -> Operands | str:
     Args:
         layer (PeftLinear): a `peft.tuners.lora.layer.Linear`.
         x (Tensor | None): ``(..., K)``; ``None`` asks about the layer alone, for an x like its weight.
+        names (Sequence[str] | None): the adapter of each row of the batch, PEFT's ``adapter_names``;
+            ``None`` for the active ones.
 
     Returns:
         Operands | str: the tensors of the fused forward, or the reason against it.
@@ -95,35 +100,59 @@ def operands(layer: PeftLinear, x: Tensor | None = None) -> Operands | str:
     if type(base) is Conv1D:
         weight = weight.t()
 
-    adapters: list[Adapter] = []
-    rank = 0
-    for name in layer.active_adapters:
+    active = layer.active_adapters if names is None else tuple(dict.fromkeys(names))
+    adapters: dict[str, Adapter] = {}
+    for name in active:
+        if name in adapters:
+            return f"adapter {name!r} is active twice"
         found = _read_adapter(layer, name)
         if isinstance(found, str):
             return found
         if found is not None:
-            adapters.append(found)
-            rank += found.lora_A.shape[0]
-    if not adapters:
-        return "no active adapter is in this layer"
-    if len(adapters) > 1:
-        for adapter in adapters:
-            if adapter.dropout_p > 0:
-                return "several adapters are active with dropout, each with a mask of its own"
+            adapters[name] = found
+    mixed = names is not None and len(active) > 1
+    problem = _combination_problem(adapters, mixed)
+    if problem is not None:
+        return problem
+
     if x is None:
         x = weight
     elif not isinstance(x, Tensor):
         return f"x is a {type(x).__name__}"
     elif x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return f"x of shape {tuple(x.shape)} does not fit {weight.shape[1]} in_features"
+    if names is not None and (x.dim() < 2 or x.shape[0] != len(names)):
+        return f"x of shape {tuple(x.shape)} does not fit {len(names)} adapter_names"
     dtype = autocast_dtype(x)
-    for adapter in adapters:
+    ranks = [adapter.lora_A.shape[0] for adapter in adapters.values()]
+    rank = max(ranks) if mixed else sum(ranks)
+    for adapter in adapters.values():
         if x.device != weight.device or x.device != adapter.lora_A.device:
             return f"x is on {x.device}, the layer on {weight.device} and {adapter.lora_A.device}"
         decision = decide_for(x, weight, adapter.lora_A, adapter.lora_B, dtype=dtype, rank=rank)
         if not decision.fused:
             return decision.reason
-    return Operands(weight, bias, adapters)
+    return Operands(weight, bias, adapters, mixed)
+
+
+def _combination_problem(adapters: dict[str, Adapter], mixed: bool) -> str | None:
+    """Why these adapters cannot be applied together in one pass; None if they can."""
+    if not adapters:
+        return "no adapter in use is in this layer"
+    if mixed:
+        p = next(iter(adapters.values())).dropout_p
+        for adapter in adapters.values():
+            if adapter.dropout_p != p:
+                return "the adapters of a mixed batch differ in dropout"
+            if adapter.bias is not None:
+                return "an adapter of a mixed batch has a bias on lora_B"
+        if torch.compiler.is_compiling():
+            return "a mixed batch is not traced by torch.compile"
+    elif len(adapters) > 1:
+        for adapter in adapters.values():
+            if adapter.dropout_p > 0:
+                return "several adapters are active with dropout, each with a mask of its own"
+    return None
 
 
 def ineligible(layer: Any) -> str | None:
@@ -250,27 +279,6 @@ def _interception(module: nn.Module, what: str) -> str | None:
     ):
         return f"{what} has hooks"
     return None
-
-
-def _concatenate(adapters: list[Adapter]) -> Adapter:
-    """One adapter for the sum of several: ranks side by side, each scaling folded into its lora_B.
-
-    The factors are applied in fp32, so that bf16 adapters are not rounded once more.
-    """
-    lora_a = torch.cat([adapter.lora_A for adapter in adapters])
-    lora_b = torch.cat([adapter.lora_B.float() * adapter.scaling for adapter in adapters], dim=1)
-    bias = None
-    for adapter in adapters:
-        if adapter.bias is not None:
-            bias = _add_bias(bias, adapter)
-    return Adapter(lora_a, lora_b, bias, 1.0, 0.0)
-
-
-def _add_bias(bias: Tensor | None, adapter: Adapter) -> Tensor:
-    """``bias + scaling * lora_B.bias`` in fp32: PEFT scales the bias of lora_B with its output."""
-    assert adapter.bias is not None
-    scaled = adapter.bias.float() * adapter.scaling
-    return scaled if bias is None else bias.float() + scaled
 
 
 def _variant_name(variant: object) -> str:
