@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import pickle
 import subprocess
 import sys
@@ -441,6 +442,28 @@ def test_mixed_batch_in_training_with_layers_that_peft_runs(
         assert slow
         found.append(gradients(fast))
     assert_same(found[1], found[0])
+
+
+# The example, and imports
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:'pin_memory':UserWarning")
+def test_trainer_example(capsys: pytest.CaptureFixture[str]):
+    """With dropout: the fixture `same_masks` gives both runs the same one."""
+    pytest.importorskip("accelerate")
+    path = ROOT / "examples" / "finetune_peft_trainer.py"
+    spec = importlib.util.spec_from_file_location("finetune_peft_trainer", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    small = {"steps": 2, "hidden": 32, "layers": 1, "length": 8, "batch": 1, "dropout": 0.2}
+    with count_peft_forwards() as slow:
+        plain, fast = example.compare(example.parse([f"--{name}={n}" for name, n in small.items()]))
+    assert len(plain) == len(fast) == 2
+    assert all(type(layer) is PeftLinear for layer in slow)
+    assert "accelerated 7 of 7 LoRA layers" in capsys.readouterr().out
+    assert plain[0] > plain[1]
+    # bf16 under autocast on a GPU
+    torch.testing.assert_close(fast, plain, atol=2e-2 if example.has_bf16() else 1e-5, rtol=0)
 
 
 def test_fastlora_imports_and_explains_itself_without_peft():
