@@ -569,7 +569,7 @@ def test_what_depends_on_the_call_is_decided_at_the_call(device: str):
     assert "a dimension is empty" in decision(model, x[:, :0])
     assert "does not fit 40 in_features" in decision(model, x[..., :5])
     assert "a subclass" in decision(model, x.as_subclass(WeightSubclass))
-    assert "x is on meta" in decision(model, x.to("meta"))
+    assert "meta" in decision(model, x.to("meta"))
     handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: None)
     try:
         assert "hooks on all modules" in decision(model, x)
@@ -675,6 +675,12 @@ def test_errors_of_accelerate():
         fastlora.accelerate(3)
     with pytest.raises(ValueError, match="this Sequential has none"):
         fastlora.accelerate(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_peft_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peft, "__version__", "0.17.1")
+    with pytest.raises(ImportError, match=r"PEFT 0\.18 or newer, got 0\.17\.1"):
+        fastlora.accelerate(make_model())
 
 
 def test_restore_gives_back_the_class_and_the_results(device: str):

@@ -9,6 +9,8 @@ from types import ModuleType
 
 from torch import nn
 
+OLDEST_PEFT = (0, 18)
+
 
 @dataclass(frozen=True)
 class AcceleratedModule:
@@ -91,7 +93,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         AccelerationReport: Each LoRA layer, accelerated or not, and why.
 
     Raises:
-        ImportError: PEFT is not installed.
+        ImportError: PEFT is not installed, or older than 0.18.
         TypeError: ``model`` is no module.
         ValueError: ``model`` holds no LoRA layer of PEFT.
 
@@ -111,7 +113,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         if reason is not None:
             modules.append(AcceleratedModule(name, False, reason))
             continue
-        module.__class__ = ours.AcceleratedLinear
+        if type(module) is ours.PeftLinear:
+            module.__class__ = ours.AcceleratedLinear
         found = ours.operands(module)
         modules.append(AcceleratedModule(name, True, now=found if isinstance(found, str) else ""))
     for module in model.modules():
@@ -130,7 +133,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         tuple[str, ...]: Names of the layers that had been accelerated.
 
     Raises:
-        ImportError: PEFT is not installed.
+        ImportError: PEFT is not installed, or older than 0.18.
         TypeError: ``model`` is no module.
         ValueError: ``model`` holds no LoRA layer of PEFT.
 
@@ -176,9 +179,11 @@ def _lora_layers(model: object) -> list[tuple[str, nn.Module]]:
 def _our_files() -> tuple[ModuleType, ModuleType]:
     """`peft_layers` and `peft_model`, which cannot be imported without PEFT."""
     try:
-        import peft  # noqa: F401
+        import peft
     except ImportError as error:
         raise ImportError(f"this needs PEFT, pip install peft: {error}") from error
+    if tuple(int(part) for part in peft.__version__.split(".")[:2]) < OLDEST_PEFT:
+        raise ImportError(f"this needs PEFT 0.18 or newer, got {peft.__version__}")
     from fastlora.integrations import peft_layers, peft_model
 
     return peft_layers, peft_model

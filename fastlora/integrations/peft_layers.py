@@ -123,11 +123,12 @@ def operands(
         return f"x of shape {tuple(x.shape)} does not fit {weight.shape[1]} in_features"
     if names is not None and (x.dim() < 2 or x.shape[0] != len(names)):
         return f"x of shape {tuple(x.shape)} does not fit {len(names)} adapter_names"
-    dtype = autocast_dtype(x)
+    dtype, index = autocast_dtype(x), x.get_device()
     ranks = [adapter.lora_A.shape[0] for adapter in adapters.values()]
     rank = max(ranks) if mixed else sum(ranks)
     for adapter in adapters.values():
-        if x.device != weight.device or x.device != adapter.lora_A.device:
+        # Indices compare in a tenth of the time of devices; decide_for looks at the kind of device.
+        if weight.get_device() != index or adapter.lora_A.get_device() != index:
             return f"x is on {x.device}, the layer on {weight.device} and {adapter.lora_A.device}"
         decision = decide_for(x, weight, adapter.lora_A, adapter.lora_B, dtype=dtype, rank=rank)
         if not decision.fused:
@@ -160,7 +161,7 @@ def ineligible(layer: Any) -> str | None:
 
     What may change while the model lives is no matter of this: `operands` decides it at each call.
     """
-    if type(layer) is AcceleratedLinear:
+    if isinstance(layer, AcceleratedLinear):  # or what FSDP2 derives from it
         return None
     if type(layer) is PeftEmbedding:
         return "embeddings have no kernel in fastlora yet"
