@@ -298,6 +298,17 @@ def test_several_active_adapters_are_one_product(
     assert sum("lora_" in name for name in got) == 7
 
 
+def test_several_active_adapters_of_two_dtypes(oracle: ModuleType, device: str):
+    """PEFT 0.18 leaves an adapter that is added later in the dtype of a bf16 base."""
+    precision = PRECISIONS["bf16, fp32 adapters"]
+    model = make_model(precision, device=device)
+    add_adapter(model, "half", r=5)
+    lin(model).lora_A["half"].to(bf16)
+    lin(model).lora_B["half"].to(bf16)
+    model.base_model.set_adapter(["half", "default"])
+    compare(model, oracle, precision, device)
+
+
 def test_scalings_as_tensors(oracle: ModuleType, device: str):
     """What `prepare_model_for_compiled_hotswap` makes of them."""
     model = make_model(device=device, lora_dropout=0.1)
@@ -446,6 +457,21 @@ def adapter_of_a_subclass(model: nn.Module) -> None:
     assert type(a.weight) is WeightSubclass
 
 
+def as_plain_attribute(get: Callable[[PeftLinear], nn.Module]) -> Callable[[nn.Module], None]:
+    """What nn.DataParallel's replicas and FSDP with flat parameters make of a weight."""
+
+    def change(model: nn.Module) -> None:
+        module = get(lin(model))
+        weight = module._parameters.pop("weight")
+        module.weight = weight.detach()
+
+    return change
+
+
+def partitioned(model: nn.Module) -> None:
+    lin(model).base_layer.weight.ds_id = 0  # how DeepSpeed marks the parameters that ZeRO-3 splits
+
+
 class LinearSubclass(nn.Linear):
     pass
 
@@ -515,6 +541,15 @@ HANDED_BACK: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "forward on the instance": (own_forward, "the forward of lora_A was replaced"),
     "tensor subclass": (adapter_of_a_subclass, "the weights of 'default' are no plain parameters"),
     "module subclass": (adapter_module_of_a_subclass, "not exactly torch.nn.Linear"),
+    "base weight as attribute": (
+        as_plain_attribute(lambda layer: layer.base_layer),
+        "not a parameter of the base layer",
+    ),
+    "lora_A as attribute": (
+        as_plain_attribute(lambda layer: layer.lora_A["default"]),
+        "no plain parameters",
+    ),
+    "ZeRO-3": (partitioned, "partitioned by ZeRO-3"),
     "fp64 adapters": (adapter_in_fp64, "an adapter is torch.float64 beside torch.float32 x"),
     "another dropout": (odd_dropout, "AlphaDropout"),
     "scaling of a shape": (scaling_by_row, "not a constant number"),

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -464,6 +465,16 @@ def test_trainer_example(capsys: pytest.CaptureFixture[str]):
     assert plain[0] > plain[1]
     # bf16 under autocast on a GPU
     torch.testing.assert_close(fast, plain, atol=2e-2 if example.has_bf16() else 1e-5, rtol=0)
+
+
+def test_documentation_runs(capsys: pytest.CaptureFixture[str]):
+    text = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), names)
+    assert "accelerated 14 of 14 LoRA layers" in capsys.readouterr().out
+    assert names["out"].loss.isfinite()
+    learned = [n for n, p in names["model"].named_parameters() if p.grad is not None]
+    assert any(".second." in n for n in learned) and any(".default." in n for n in learned)
 
 
 def test_fastlora_imports_and_explains_itself_without_peft():
