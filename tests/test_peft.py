@@ -302,10 +302,10 @@ def test_several_active_adapters_of_two_dtypes(oracle: ModuleType, device: str):
     """PEFT 0.18 leaves an adapter that is added later in the dtype of a bf16 base."""
     precision = PRECISIONS["bf16, fp32 adapters"]
     model = make_model(precision, device=device)
-    add_adapter(model, "half", r=5)
-    lin(model).lora_A["half"].to(bf16)
-    lin(model).lora_B["half"].to(bf16)
-    model.base_model.set_adapter(["half", "default"])
+    add_adapter(model, "later", r=5)
+    lin(model).lora_A["later"].to(bf16)
+    lin(model).lora_B["later"].to(bf16)
+    model.base_model.set_adapter(["later", "default"])
     compare(model, oracle, precision, device)
 
 

@@ -471,18 +471,18 @@ def test_documentation_runs(capsys: pytest.CaptureFixture[str]):
     text = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     exec("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), names)
-    assert "accelerated 14 of 14 LoRA layers" in capsys.readouterr().out
+    assert "accelerated 7 of 7 LoRA layers" in capsys.readouterr().out
     assert names["out"].loss.isfinite()
     learned = [n for n, p in names["model"].named_parameters() if p.grad is not None]
     assert any(".second." in n for n in learned) and any(".default." in n for n in learned)
 
 
-def test_fastlora_imports_and_explains_itself_without_peft():
+def test_importing_fastlora_imports_no_peft_and_needs_none():
     script = (
         "import sys\n"
-        "sys.modules['peft'] = None\n"  # what a missing package looks like to import
         "import fastlora, torch\n"
-        "assert 'transformers' not in sys.modules\n"
+        "assert not {'peft', 'transformers'} & set(sys.modules)\n"
+        "sys.modules['peft'] = None\n"  # what a missing package looks like to import
         "try:\n"
         "    fastlora.accelerate(torch.nn.Linear(2, 2))\n"
         "except ImportError as error:\n"
@@ -492,11 +492,3 @@ def test_fastlora_imports_and_explains_itself_without_peft():
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "pip install peft" in done.stdout
-
-
-def test_importing_fastlora_imports_no_peft():
-    script = "import fastlora, sys; print('peft' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["False", "False"]
