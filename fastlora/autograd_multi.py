@@ -43,7 +43,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         s, mask = lora_multi_shrink(
             x, lora_A, scaling, ranks,
             (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M)), MULTI_BLOCK_M,
-            dropout_p, seed, parts=multi_shrink_parts(*x.shape, num_sms) if decoding else 1,
+            dropout_p, seed, parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if decoding else 1,
         )  # fmt: skip
         tiles = (routing.ids, routing.tile_slots(plan[1].BLOCK_M))
         y = lora_multi_gemm(x, weight, s, lora_B, ranks, tiles, plan, bias)

@@ -159,11 +159,11 @@ def lora_linear_multi(
         dropped = x_c
         if training and dropout_p > 0:
             seed = draw_seed(x.device) if seed is None else seed
-            keep = dropout_keep_mask(seed, *x.shape, dropout_p, x.device)
+            keep = dropout_keep_mask(seed, x.shape[0], x.shape[1], dropout_p, x.device)
             dropped = torch.where(keep, x_c * keep_scale(dropout_p), 0.0)
         # The empty slices put both stacks into the graph: zeros for adapters that do not occur.
         y = x_c @ weight.to(compute).t() + (lora_A[:0].sum() + lora_B[:0].sum()).to(compute)
-        for adapter in adapter_ids.unique().tolist():
+        for adapter in torch.unique(adapter_ids).tolist():
             if adapter < 0:
                 continue
             rows = (adapter_ids == adapter).nonzero().squeeze(1)

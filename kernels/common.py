@@ -85,6 +85,12 @@ def add_rank_product(
 
 
 @triton.jit
+def add_bias(acc, bias_ptr, offs_n, N):
+    """``acc + bias`` over the rows of a tile."""
+    return acc + tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def store_tile(
     desc, acc, start_m, start_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,

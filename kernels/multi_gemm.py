@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    add_bias,
     add_rank_product,
     device_properties,
     dot,
@@ -61,21 +62,6 @@ def _add_slot_products(
 
 
 @triton.jit
-def _finish(
-    acc, bias_ptr, mask_ptr, offs_m, start_n, M, N,
-    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """What the rank product needs before the frozen one is added: dropout's mask (dx), or the bias (y)."""
-    if HAS_DROPOUT:
-        acc = tl.where(load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N), acc, 0.0)
-    if HAS_BIAS:
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    return acc
-
-
-@triton.jit
 def _lora_multi_gemm_tma_kernel(
     x_desc, w_desc, y_desc, s_ptr, b_ptr, bias_ptr, mask_ptr, ids_ptr, slots_ptr, ranks_ptr,
     M, N, K, R, width, stride_sm, stride_bl, stride_bn, stride_br,
@@ -86,23 +72,27 @@ def _lora_multi_gemm_tma_kernel(
 ):  # fmt: skip
     """``y = keep * (s B[id]^T) + bias + x W^T`` by TMA. Grid: persistent, one program an SM.
 
-    The rank product comes first: dx's mask must not touch the frozen product. Not flattened, as
+    The rank product comes last, so that the frozen one need not wait for the kernel that makes s. With
+    dropout (dx) it comes first, since the mask must not touch the frozen product. Without a mask in
+    between ptxas would wait for every wgmma of a loop that begins with its result. Not flattened, as
     `_lora_grad_x_dropout_kernel`.
     """
-    wait_for_previous_kernel(PDL)
+    if HAS_DROPOUT:
+        wait_for_previous_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
         offs_m = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
-        acc = _add_slot_products(
-            tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr,
-            tile_m, offs_m, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), M, N, R, width,
-            0, stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, 1, BLOCK_R,
-        )  # fmt: skip
-        acc = _finish(
-            acc, bias_ptr, mask_ptr, offs_m, start_n, M, N, HAS_BIAS, HAS_DROPOUT, BLOCK_M, BLOCK_N
-        )
+        offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if HAS_DROPOUT:
+            acc = _add_slot_products(
+                acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
+                0, stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, 1, BLOCK_R,
+            )  # fmt: skip
+            keep = load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N)
+            acc = tl.where(keep, acc, 0.0)
         for k in range(0, tl.cdiv(K, BLOCK_K)):
             x = x_desc.load([start_m, k * BLOCK_K])  # [BLOCK_M, BLOCK_K]
             if W_IS_NK:  # noqa: SIM108 - the branches differ in type before the transpose
@@ -110,6 +100,14 @@ def _lora_multi_gemm_tma_kernel(
             else:
                 w = w_desc.load([k * BLOCK_K, start_n])  # [BLOCK_K, BLOCK_N]
             acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if not HAS_DROPOUT:
+            wait_for_previous_kernel(PDL)
+            acc = _add_slot_products(
+                acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
+                0, stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, 1, BLOCK_R,
+            )  # fmt: skip
+        if HAS_BIAS:
+            acc = add_bias(acc, bias_ptr, offs_n, N)
         store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
 
 
@@ -118,15 +116,16 @@ def _lora_multi_gemm_pointer_kernel(
     x_ptr, w_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, mask_ptr, ids_ptr, slots_ptr, ranks_ptr,
     M, N, K, R, width, stride_xm, stride_xk, stride_wn, stride_wk,
     stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, RANKS_LAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``y = keep * (s B[id]^T) + bias + x W^T`` for any strides. Grid: one program a tile of y.
 
-    For a few rows (RANKS_LAST) the frozen product, which streams W, comes first and does not wait for the
-    kernel that makes s: both run side by side. There s may be in PARTS, summed in order as they are read.
+    The order is that of the TMA kernel. s may be in PARTS, which are summed in order as they are read:
+    for 64 rows that makes a wgmma with an operand from registers, in a loop that is not pipelined, as
+    the ptxas hazard (triton#9433) asks.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
@@ -135,16 +134,15 @@ def _lora_multi_gemm_pointer_kernel(
     offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if not RANKS_LAST:
+    if HAS_DROPOUT:
         wait_for_previous_kernel(PDL)
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
             stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
             y_ptr.dtype.element_ty, PRECISION, PARTS, BLOCK_R,
         )  # fmt: skip
-    acc = _finish(
-        acc, bias_ptr, mask_ptr, offs_m, start_n, M, N, HAS_BIAS, HAS_DROPOUT, BLOCK_M, BLOCK_N
-    )
+        keep = load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N)
+        acc = tl.where(keep, acc, 0.0)
     for k in range(0, K, BLOCK_K):
         x = tl.load(
             x_ptr + offs_m[:, None] * stride_xm + (k + offs_k)[None, :] * stride_xk,
@@ -157,13 +155,15 @@ def _lora_multi_gemm_pointer_kernel(
             other=0.0,
         )  # [BLOCK_K, BLOCK_N]
         acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
-    if RANKS_LAST:
+    if not HAS_DROPOUT:
         wait_for_previous_kernel(PDL)
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
             stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
             y_ptr.dtype.element_ty, PRECISION, PARTS, BLOCK_R,
         )  # fmt: skip
+    if HAS_BIAS:
+        acc = add_bias(acc, bias_ptr, offs_n, N)
     tl.store(
         y_ptr + offs_m[:, None] * N + offs_n[None, :],
         acc.to(y_ptr.dtype.element_ty),
@@ -237,7 +237,7 @@ def lora_multi_gemm(
         "HAS_BIAS": bias is not None, "HAS_DROPOUT": mask is not None,
         "PRECISION": dot_precision(x.dtype, K), "PDL": pdl, "launch_pdl": pdl,
         "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M,
-        "BLOCK_R": rank_step(R, x.element_size()),
+        "BLOCK_R": min(rank_step(R, x.element_size()), 32),  # adapters of lower rank pad less
         "num_warps": c.num_warps, "num_stages": c.num_stages,
     }  # fmt: skip
     if kind == "tma":
@@ -257,6 +257,6 @@ def lora_multi_gemm(
         _lora_multi_gemm_pointer_kernel, (tiles,), x.device,
         x, weight, y, s, lora_B, bias, mask, ids, slots, ranks, M, N, K, R, slots.shape[1],
         *strides(x), *strides(weight), s.stride(0), s.stride(1), *strides(lora_B),
-        RANKS_LAST=kind == "decode", PARTS=s.shape[0], **options,
+        PARTS=s.shape[0], **options,
     )  # fmt: skip
     return y

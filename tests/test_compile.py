@@ -25,7 +25,12 @@ GEMMS = {
     "_lora_forward_tma_kernel",
     "_lora_grad_x_tma_kernel",
     "_lora_grad_x_dropout_kernel",
+    "_lora_multi_gemm_tma_kernel",
 }
+OPS = (
+    *("shrink", "forward", "grad_b", "grad_x", "grad_a"),
+    *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
+)
 NO_PRODUCT = {"_sum_splits_kernel"}
 
 
@@ -90,11 +95,7 @@ def test_every_kernel_is_compiled(compiled):
 @pytest.mark.parametrize("arch", FULLY_COVERED)
 def test_every_dtype_is_compiled(rows, arch):
     dtypes = {(row["op"], row["dtype"]) for row in rows if row["arch"] == arch}
-    assert dtypes == {
-        (op, dtype)
-        for op in ("shrink", "forward", "grad_b", "grad_x", "grad_a")
-        for dtype in ("bf16", "fp16", "tf32", "ieee")
-    }
+    assert dtypes == {(op, dtype) for op in OPS for dtype in ("bf16", "fp16", "tf32", "ieee")}
 
 
 def test_spills_are_within_the_stated_limits(rows):
@@ -130,8 +131,9 @@ def test_aligned_gemms_of_hopper_use_wgmma_and_tma(rows):
         row
         for row in rows
         if row["arch"] == 90
-        and row["op"] in ("forward", "grad_x")
+        and row["op"] in ("forward", "grad_x", "multi_forward", "multi_grad_x")
         and row["dtype"] != "ieee"
+        and row["M"] > 256
         and row["K"] % 8 == 0
     ]
     assert {row["kernel"] for row in wanted} == GEMMS
@@ -149,3 +151,9 @@ def test_no_wgmma_reads_a_changed_operand_from_registers(rows):
     # ptxas before 13.3 can miscompile that inside a pipelined loop (triton#9433).
     dropout = [row for row in rows if row["dropout"]]
     assert not without(dropout, lambda row: row["register_wgmma"] == 0, "register_wgmma")
+
+
+def test_no_wgmma_of_a_gemm_is_serialized(rows):
+    gemms = [row for row in rows if row["kernel"] in GEMMS and row["dtype"] in ("bf16", "fp16")]
+    assert gemms
+    assert not without(gemms, lambda row: not row["serialized"])
