@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.util
 import os
 import sys
@@ -45,6 +46,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+class HelperFinder(importlib.abc.MetaPathFinder):
+    """Makes `import peft_cases` work in tests: importlib mode leaves this folder off sys.path."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        if name != "peft_cases":
+            return None
+        return importlib.util.spec_from_file_location(
+            name, Path(__file__).with_name("peft_cases.py")
+        )
+
+
+sys.meta_path.append(HelperFinder())
 
 
 @pytest.fixture(scope="session")
