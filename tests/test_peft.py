@@ -239,6 +239,20 @@ def test_mixed_batch_with_scalings_as_tensors(oracle: ModuleType, device: str):
     cases.compare(model, oracle, precision, device, x, adapter_names=NAMES)
 
 
+def test_mixed_batch_trains_after_inference_mode_saw_the_same_names(
+    oracle: ModuleType, device: str
+):
+    """What is kept for the next call must not be an inference tensor."""
+    precision = cases.PRECISIONS["fp32"]
+    names = ["default", "big"]
+    model = make_mixed(precision, device)
+    fastlora.accelerate(model)
+    x = cases.make_x(precision, device, (2, 3))
+    with torch.inference_mode():
+        cases.lin(model)(x, adapter_names=names)
+    cases.compare(model, oracle, precision, device, x, adapter_names=names)
+
+
 def test_mixed_batch_with_dropout_masks_each_row_as_one_adapter_would(device: str):
     precision = cases.PRECISIONS["fp32"]
     model = make_mixed(precision, device, lora_dropout=0.4)

@@ -228,6 +228,15 @@ def test_what_depends_on_the_call_is_decided_at_the_call(device: str):
     assert decision(model, x) == "fused"
 
 
+def test_arguments_that_only_peft_knows(device: str):
+    model = cases.make_model(device=device)
+    fastlora.accelerate(model)
+    layer, x = cases.lin(model), cases.make_x(cases.PRECISIONS["fp32"], device)
+    with cases.only("PEFT"):
+        got = layer(x, alora_offsets=None)
+    assert torch.equal(got, PeftLinear.forward(layer, x))
+
+
 def test_torch_func_and_forward_ad_work(device: str):
     model = cases.make_model(device=device)
     layer = cases.lin(model)

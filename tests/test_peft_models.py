@@ -161,6 +161,20 @@ def test_gradient_checkpointing_replays_the_masks(use_reentrant: bool, device: s
     assert_same(got, expected)
 
 
+def test_adapters_that_transformers_holds_itself(device: str):
+    """Its `model.add_adapter` wraps linears without a PeftModel around them."""
+    model = llama(num_hidden_layers=1).to(device)
+    torch.manual_seed(3)
+    model.add_adapter(LoraConfig(r=4, target_modules=LLAMA, init_lora_weights=False))
+    ids = make_ids(device)
+    expected = step(model, ids)
+    assert len(accelerate_all(model).accelerated) == 7
+    with count_peft_forwards() as slow:
+        got = step(model, ids)
+    assert not slow
+    assert_same(got, expected)
+
+
 def test_accumulated_gradients(device: str):
     model = wrap(llama(num_hidden_layers=1), lora_dropout=0.1).to(device)
     ids = make_ids(device, rows=4)

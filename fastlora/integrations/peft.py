@@ -124,7 +124,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
 
 def restore(model: nn.Module) -> tuple[str, ...]:
-    """Undo `accelerate`: every layer gets PEFT's own class back.
+    """Undo `accelerate`: every layer gets PEFT's own class back, unless FSDP2 has wrapped it since.
 
     Args:
         model: The model, changed in place.
