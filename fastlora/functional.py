@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.dispatch import Decision, decide_for
+from fastlora.dispatch import HAS_TRITON, Decision, decide_for, problem_for
+
+if HAS_TRITON:
+    from fastlora import ops
+    from fastlora.autograd import LoRALinearFunction
 
 
 def lora_linear(
@@ -59,27 +61,27 @@ def lora_linear(
     dropout_p = dropout_p if training else 0.0
     x, weight, bias = autocast_linear(x, weight, bias)
     seed = reference.draw_seed(x.device) if dropout_p > 0 else None
-    if not decide_for(x, weight, lora_A, lora_B).fused:
+    if problem_for(x, weight, lora_A, lora_B):
         return reference.lora_linear(
             x, weight, lora_A, lora_B,
             bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
-
-    from fastlora.autograd import LoRALinearFunction, LoRASpec  # needs Triton
-
-    if isinstance(scaling, Tensor) and scaling.device != x.device:
-        scaling = float(scaling)  # a CPU scalar: reading it syncs nothing
-    tensor_scaling = scaling.detach() if isinstance(scaling, Tensor) else None
-    spec = LoRASpec(1.0 if isinstance(scaling, Tensor) else float(scaling), dropout_p)
-    y = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
+    compiling = torch.compiler.is_compiling()
+    if compiling and not isinstance(scaling, Tensor):
+        # As a number it would be a constant of the op, and every new value a recompilation.
+        scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
+    scaling_tensor = scaling if isinstance(scaling, Tensor) else None
+    run = ops.lora_linear if compiling else LoRALinearFunction.apply
+    y, _, _ = run(
         x.reshape(-1, x.shape[-1]),
         weight,
         None if bias is None else bias.contiguous(),
         lora_A,
         lora_B,
         seed,
-        tensor_scaling,
-        spec,
+        scaling_tensor,
+        1.0 if isinstance(scaling, Tensor) else float(scaling),
+        dropout_p,
     )
     return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
@@ -125,7 +127,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a linear of x to compute in; None where it leaves x alone."""
     device = x.device.type
     if (
-        torch.amp.is_autocast_available(device)
+        reference.autocast_available(device)
         and torch.is_autocast_enabled(device)
         and x.dtype != torch.float64
     ):
@@ -216,6 +218,6 @@ def check_dropout(dropout_p: float) -> float:
     """Raise for what is no probability; return it as a float."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
-    if math.isnan(dropout_p) or not 0 <= dropout_p <= 1:
+    if not 0 <= dropout_p <= 1:  # NaN too
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     return float(dropout_p)

@@ -6,6 +6,8 @@ has GPU time. Here the exact integers, dtypes and alignments are the key of a ta
 
 from __future__ import annotations
 
+import json
+import threading
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_interpreter = threading.Lock()  # it keeps the program index, and patches triton.language, globally
 _MAX_KERNELS = 4096  # keys, not compiled kernels: training on many lengths makes a key for each
 
 
@@ -25,6 +28,20 @@ def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     d = TensorDescriptor.__new__(TensorDescriptor)
     d.base, d.shape, d.strides, d.block_shape = t, t.shape, t.stride(), block
     return d
+
+
+def _compile_and_run(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    """Triton's own launch; where it stumbles over its cache on disk, the error says what to do."""
+    try:
+        return kernel[grid](*args, **options)
+    except (OSError, json.JSONDecodeError) as error:
+        raise RuntimeError(
+            f"Triton failed to read or write a file while it compiled {kernel.__name__}, most likely in "
+            f"its cache, {knobs.cache.dir}: {error}. Empty that folder, or let TRITON_CACHE_DIR name "
+            "one that can be written"
+        ) from error
 
 
 def launch(
@@ -39,8 +56,9 @@ def launch(
         *args: the kernel's run-time arguments, in order.
         **options: its constexpr parameters, and launch options.
     """
-    if device.type != "cuda":  # the interpreter
-        kernel[grid](*args, **options)
+    if device.type != "cuda":
+        with _interpreter:
+            _compile_and_run(kernel, grid, args, options)
         return
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -63,7 +81,7 @@ def launch(
     found = _compiled.get(signature)
     hook = knobs.runtime.launch_enter_hook  # a profiler's; a function in Triton 3.4, then a chain
     if found is None or (hook is not None and getattr(hook, "calls", True)):
-        made = kernel[grid](*args, **options)
+        made = _compile_and_run(kernel, grid, args, options)
         names = getattr(kernel, "arg_names", None)
         if names is not None:
             if len(_compiled) >= _MAX_KERNELS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,23 @@ def oracle() -> ModuleType:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """Run code in a new process, without a GPU or Triton's interpreter; give what it prints."""
+
+    def run(code: str, **variables: str) -> str:
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        root = str(Path(__file__).resolve().parent.parent)
+        env |= {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", **variables}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from fastlora.dispatch import decide_for
+from fastlora.dispatch import problem_for
 from fastlora.functional import autocast_dtype, lora_linear
 from fastlora.integrations.peft_adapters import Adapter, add_bias, concatenate, routing_for, stack
 from fastlora.multi import lora_linear_multi
@@ -127,12 +127,12 @@ def operands(
     ranks = [adapter.lora_A.shape[0] for adapter in adapters.values()]
     rank = max(ranks) if mixed else sum(ranks)
     for adapter in adapters.values():
-        # Indices compare in a tenth of the time of devices; decide_for looks at the kind of device.
+        # Indices compare in a tenth of the time of devices; problem_for looks at the kind of device.
         if weight.get_device() != index or adapter.lora_A.get_device() != index:
             return f"x is on {x.device}, the layer on {weight.device} and {adapter.lora_A.device}"
-        decision = decide_for(x, weight, adapter.lora_A, adapter.lora_B, dtype=dtype, rank=rank)
-        if not decision.fused:
-            return decision.reason
+        problem = problem_for(x, weight, adapter.lora_A, adapter.lora_B, dtype=dtype, rank=rank)
+        if problem:
+            return problem
     return Operands(weight, bias, adapters, mixed)
 
 
