@@ -301,3 +301,39 @@ def test_mixed_batches_that_go_to_peft(device: str):
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
         cases.lin(model)(x, adapter_names=names)
+
+
+# torch.compile
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("autocast", [False, True])
+def test_torch_compile_has_no_graph_break(autocast: bool, device: str):
+    """One adapter and two, in the fused forward and in PEFT's."""
+    model = cases.make_model(device=device)
+    cases.add_adapter(model, "other", r=2)
+    fastlora.accelerate(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = cases.make_x(cases.PRECISIONS["fp32"], device)
+
+    def compare() -> None:
+        found = []
+        for run in (model, compiled):
+            model.zero_grad()
+            with torch.autocast(x.device.type, bf16, enabled=autocast):
+                y = run(x)
+            y.float().square().sum().backward()
+            found.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert len(found[0]) == len(found[1]) >= 3
+        for eager, traced in zip(*found, strict=True):
+            torch.testing.assert_close(traced, eager)
+
+    try:
+        with cases.only("fused"):
+            compare()
+            model.base_model.set_adapter(["default", "other"])
+            compare()
+        with cases.only("PEFT"), fastlora.dispatch.force("eager"):
+            compare()
+    finally:
+        torch.compiler.reset()
