@@ -159,7 +159,15 @@ def _this_machines_words(device: torch.device, dtypes: tuple[torch.dtype, ...]) 
     return _cached(_fused_words, device, dtypes)
 
 
-def problem_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> str:
+def problem_for(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    rank: int | None = None,
+) -> str:
     """Why the kernels cannot take these tensors; empty when they can.
 
     Args:
@@ -167,6 +175,9 @@ def problem_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> st
         weight (Tensor): ``[N, K]``.
         lora_A (Tensor): ``[R, K]``, or a stack of them.
         lora_B (Tensor): ``[N, R]``, likewise.
+        dtype (torch.dtype | None): what x and weight will be cast to, where not as they are. Default:
+            ``None``.
+        rank (int | None): the rank of the product, where ``lora_A`` is one part of it. Default: ``None``.
 
     Returns:
         str: the reason for the eager path, or ``""`` for the fused one.
@@ -176,14 +187,22 @@ def problem_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> st
     for t in (x, weight, lora_A, lora_B):
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return "a tensor is of a subclass, which the kernels cannot look into"
-    dtypes = (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
+    dtypes = (dtype or x.dtype, dtype or weight.dtype, lora_A.dtype, lora_B.dtype)
     N, K = weight.shape
     return _this_machines_problem(x.device, dtypes) or _size_problem(
-        x.shape[:-1].numel(), K, N, lora_A.shape[-2]
+        x.shape[:-1].numel(), K, N, lora_A.shape[-2] if rank is None else rank
     )
 
 
-def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:
+def decide_for(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    rank: int | None = None,
+) -> Decision:
     """The decision for these tensors on this machine.
 
     Args:
@@ -191,15 +210,18 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
         weight (Tensor): ``[N, K]``.
         lora_A (Tensor): ``[R, K]``, or a stack of them.
         lora_B (Tensor): ``[N, R]``, likewise.
+        dtype (torch.dtype | None): as `problem_for`. Default: ``None``.
+        rank (int | None): as `problem_for`. Default: ``None``.
 
     Returns:
         Decision: the path and its reason.
     """
-    problem = problem_for(x, weight, lora_A, lora_B)
+    problem = problem_for(x, weight, lora_A, lora_B, dtype=dtype, rank=rank)
     if problem:
         return Decision("eager", problem)
-    words = _this_machines_words(x.device, (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype))
-    return Decision("fused", f"{words}, rank {lora_A.shape[-2]}")
+    dtypes = (dtype or x.dtype, dtype or weight.dtype, lora_A.dtype, lora_B.dtype)
+    words = _this_machines_words(x.device, dtypes)
+    return Decision("fused", f"{words}, rank {lora_A.shape[-2] if rank is None else rank}")
 
 
 @contextlib.contextmanager

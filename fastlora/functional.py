@@ -132,17 +132,24 @@ def explain(
     return decide_for(x, weight, lora_A, lora_B)
 
 
-def autocast_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast x, weight and bias as autocast casts the arguments of a linear; adapters stay as they are."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a linear of x to compute in; None where it leaves x alone."""
     device = x.device.type
     if (
         reference.autocast_available(device)
         and torch.is_autocast_enabled(device)
         and x.dtype != torch.float64
     ):
-        dtype = torch.get_autocast_dtype(device)
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def autocast_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast x, weight and bias as autocast casts the arguments of a linear; adapters stay as they are."""
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if weight.dtype != x.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.util
 import os
 import subprocess
@@ -46,6 +47,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+class HelperFinder(importlib.abc.MetaPathFinder):
+    """Makes `import peft_cases` work in tests: importlib mode leaves this folder off sys.path."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        if name != "peft_cases":
+            return None
+        return importlib.util.spec_from_file_location(
+            name, Path(__file__).with_name("peft_cases.py")
+        )
+
+
+sys.meta_path.append(HelperFinder())
 
 
 @pytest.fixture(scope="session")
@@ -128,3 +143,21 @@ def poison_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `F.dropout`, which PEFT calls, draw the masks that fastlora draws from the same generator."""
+    from fastlora import reference
+    from fastlora.kernels.config import keep_scale
+
+    def dropout(
+        x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
+        if not training or p == 0:
+            return x
+        rows, K = x.numel() // x.shape[-1], x.shape[-1]
+        keep = reference.dropout_keep_mask(reference.draw_seed(x.device), rows, K, p, x.device)
+        return torch.where(keep.view(x.shape), x * keep_scale(p), 0)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
