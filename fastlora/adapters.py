@@ -270,17 +270,26 @@ def stack_adapters(
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             raise TypeError(f"scaling must be numbers, got {factor!r}")
     ranks = tuple(lora_a.shape[0] for lora_a, _ in pairs)
-    R = max(ranks)
     return AdapterStack(
-        torch.stack([F.pad(lora_a, (0, 0, 0, R - len(lora_a))) for lora_a, _ in pairs]),
-        torch.stack([F.pad(lora_b, (0, R - lora_b.shape[1])) for _, lora_b in pairs]),
-        _table(factors, torch.float32, first_a.device).clone(),  # the caller may scale it in place
-        _table(ranks, torch.int32, first_a.device).clone(),
+        *padded_stacks(pairs),
+        constants(
+            factors, torch.float32, first_a.device
+        ).clone(),  # the caller may change it in place
+        constants(ranks, torch.int32, first_a.device).clone(),
+    )
+
+
+def padded_stacks(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """``lora_A [L, R, K]`` and ``lora_B [L, N, R]`` of pairs, zeros past a rank: differentiable in each."""
+    R = max(lora_a.shape[0] for lora_a, _ in pairs)
+    return (
+        torch.stack([F.pad(a, (0, 0, 0, R - len(a))) if len(a) < R else a for a, _ in pairs]),
+        torch.stack([F.pad(b, (0, R - b.shape[1])) if b.shape[1] < R else b for _, b in pairs]),
     )
 
 
 @functools.lru_cache(maxsize=256)
-def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers on the device: copied there once, not at every step."""
     with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
         return torch.tensor(values, dtype=dtype, device=device)

@@ -6,10 +6,16 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.adapters import NO_ADAPTER, AdapterStack, Routing, route
+from fastlora.adapters import (
+    NO_ADAPTER,
+    AdapterStack,
+    Routing,
+    constants,
+    padded_stacks,
+    route,
+)
 
 
 class Adapter(NamedTuple):
@@ -56,13 +62,12 @@ def stack(adapters: list[Adapter]) -> AdapterStack:
     Returns:
         AdapterStack: differentiable in every lora_A and lora_B.
     """
-    rank = max(adapter.lora_A.shape[0] for adapter in adapters)
-    lora_a, lora_b = [], []
-    for a, b, *_ in adapters:
-        missing = rank - a.shape[0]
-        lora_a.append(F.pad(a, (0, 0, 0, missing)) if missing else a)
-        lora_b.append(F.pad(b, (0, missing)) if missing else b)
-    return AdapterStack(torch.stack(lora_a), torch.stack(lora_b), _scalings(adapters))
+    ranks = tuple(adapter.lora_A.shape[0] for adapter in adapters)
+    return AdapterStack(
+        *padded_stacks([(adapter.lora_A, adapter.lora_B) for adapter in adapters]),
+        _scalings(adapters),
+        constants(ranks, torch.int32, adapters[0].lora_A.device) if len(set(ranks)) > 1 else None,
+    )
 
 
 def _scalings(adapters: list[Adapter]) -> Tensor:
@@ -73,9 +78,12 @@ def _scalings(adapters: list[Adapter]) -> Tensor:
         for s in (adapter.scaling for adapter in adapters)
     ]
     if not any(isinstance(s, Tensor) for s in numbers):
-        return _constants(tuple(numbers), device)
+        return constants(tuple(numbers), torch.float32, device)
     return torch.stack(
-        [s.float() if isinstance(s, Tensor) else _constants((s,), device)[0] for s in numbers]
+        [
+            s.float() if isinstance(s, Tensor) else constants((s,), torch.float32, device)[0]
+            for s in numbers
+        ]
     )
 
 
@@ -114,10 +122,3 @@ def _ids(names: tuple[str, ...], slots: tuple[str, ...], device: torch.device) -
     slot_of = {name: slot for slot, name in enumerate(slots)}
     with torch.inference_mode(False):
         return torch.tensor([slot_of.get(name, NO_ADAPTER) for name in names], device=device)
-
-
-@functools.lru_cache(maxsize=256)
-def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """fp32 numbers on the device, copied there once."""
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        return torch.tensor(values, dtype=torch.float32, device=device)
