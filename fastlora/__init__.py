@@ -5,6 +5,7 @@ from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
 from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
+from fastlora.merging import merge, merged, unmerge
 from fastlora.modules import LoRALinear
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "merge",
+    "merged",
     "reference",
     "save_adapter",
+    "unmerge",
 ]

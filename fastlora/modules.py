@@ -7,16 +7,18 @@ from numbers import Real
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.functional import lora_linear
+from fastlora.merging import LoRALayer, Product
 
 MAX_RANK = 256
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INITS = ("kaiming", "gaussian")
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(LoRALayer):
     """A frozen linear with a trainable low-rank update.
 
     ``y = x weight^T + bias + scaling * dropout(x) lora_A^T lora_B^T``
@@ -40,6 +42,7 @@ class LoRALinear(nn.Module):
         init_lora_weights: How ``lora_A`` starts: ``"kaiming"`` (uniform with a = sqrt(5), as in
             loralib and PEFT) or ``"gaussian"`` (standard deviation 1/r).
         adapter_dtype: dtype of ``lora_A`` and ``lora_B``; None means the dtype of ``base``.
+        merge_weights: Merge in ``eval()`` and unmerge in ``train()``, as loralib's layers do.
 
     Raises:
         TypeError: ``base`` is no plain ``nn.Linear`` or an argument has the wrong type.
@@ -61,8 +64,6 @@ class LoRALinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class LoRALinear(nn.Module):
         init_lora_weights: str = "kaiming",
         *,
         adapter_dtype: torch.dtype | None = None,
+        merge_weights: bool = False,
     ) -> None:
         """Freeze ``base`` and make an adapter beside it."""
         super().__init__()
@@ -101,10 +103,10 @@ class LoRALinear(nn.Module):
         self.register_parameter("lora_A", nn.Parameter(lora_a))
         self.register_parameter("lora_B", nn.Parameter(lora_b))
         self.reset_lora_parameters()
+        self._init_merging(merge_weights, base.training)
         weight.requires_grad_(False)
         if base.bias is not None:
             base.bias.requires_grad_(False)
-        self.train(base.training)
 
     def reset_lora_parameters(self) -> None:
         """Draw ``lora_A`` anew and set ``lora_B`` to zero; the frozen linear stays as it is."""
@@ -115,7 +117,11 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer; dropout acts in training mode only."""
+        """Compute the layer; dropout acts in training mode only. Merged, it is the plain linear."""
+        if self._frozen is not None:
+            if self.training:
+                self._refuse_training_while_merged()
+            return F.linear(x, self.weight, self.bias)
         return lora_linear(
             x,
             self.weight,
@@ -126,6 +132,9 @@ class LoRALinear(nn.Module):
             dropout_p=self.lora_dropout,
             training=self.training,
         )
+
+    def _products(self, weight: Tensor) -> list[Product]:
+        return [Product(weight, self.lora_A, self.lora_B)]
 
     def extra_repr(self) -> str:
         """Show the sizes and the LoRA settings in ``repr``."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlora.kernels.config import PHILOX_ROUNDS, dropout_threshold, keep_scale
 
+MERGE_BLOCK = 1 << 24  # elements that `lora_merge` holds in fp32 at a time
 _MASK_32 = 0xFFFFFFFF
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -116,3 +117,30 @@ def lora_linear(
         if bias is not None:
             y = y + bias.to(compute)
     return y.to(x.dtype).reshape(*x.shape[:-1], N)
+
+
+def lora_merge(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, out: Tensor
+) -> Tensor:
+    """``out = weight + scaling * lora_B lora_A``, eagerly: the twin of the kernel `lora_merge`.
+
+    It goes down the rows in blocks, so that no fp32 copy of a whole weight is made.
+
+    Args:
+        weight (Tensor): ``[N, K]``.
+        lora_A (Tensor): ``[R, K]``.
+        lora_B (Tensor): ``[N, R]``.
+        scaling (float): factor of the product.
+        out (Tensor): ``[N, K]`` in the dtype of weight; it may be weight itself.
+
+    Returns:
+        Tensor: ``out``.
+    """
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows = max(1, MERGE_BLOCK // max(1, weight.shape[1]))
+    with _no_autocast(weight.device.type):
+        a, b = lora_A.to(compute), lora_B.to(compute)
+        for start in range(0, weight.shape[0], rows):
+            block = slice(start, start + rows)
+            out[block] = weight[block].to(compute) + scaling * (b[block] @ a)
+    return out

@@ -113,6 +113,16 @@ def shrink_config(
     return LaunchConfig(32, 16, block_k, num_warps=4, num_stages=4 if R <= 64 else 3)
 
 
+def merge_config(itemsize: int) -> LaunchConfig:
+    """Tiles of `lora_merge`, by the size of an adapter's elements; not tuned on a GPU yet.
+
+    fp32 products run without tensor cores and hold their operands in registers, so tiles are small.
+    """
+    if itemsize == 4:
+        return LaunchConfig(0, 32, 64, num_warps=4, num_stages=1)
+    return LaunchConfig(0, 64, 128, num_warps=4, num_stages=1)
+
+
 @dataclass(frozen=True)
 class ReduceConfig:
     """A pass over ``[M, C]`` that sums over rows: ``row_splits`` programs share a block of columns."""
