@@ -7,6 +7,7 @@ from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
 from fastlora.merging import merge, merged, unmerge
 from fastlora.modules import LoRALinear
+from fastlora.switching import switch_adapter
 
 __all__ = [
     "InjectionReport",
@@ -20,5 +21,6 @@ __all__ = [
     "merged",
     "reference",
     "save_adapter",
+    "switch_adapter",
     "unmerge",
 ]

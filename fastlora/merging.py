@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +41,19 @@ class Product:
 class LoRALayer(nn.Module):
     """What every LoRA layer of fastlora has: ``lora_A``, ``lora_B``, ``scaling``, and merging.
 
+    ``peft_names`` is how PEFT's files name the two; empty where they have no place for the layer.
     A subclass says which module holds the frozen weight (`_weight_holder`) and what is added to
     which part of it (`_products`), and calls `_init_merging` once its parameters are there.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
     scaling: float
     merge_weights: bool
+    peft_names: ClassVar[Mapping[str, str]] = {}
     _frozen: Frozen | None = None
     _merge_again: bool | None = None  # while a state dict is loaded: whether on the host
 

@@ -64,6 +64,7 @@ class LoRALinear(LoRALayer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    peft_names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}  # noqa: RUF012 - constant
 
     def __init__(
         self,
