@@ -5,6 +5,11 @@ from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
 from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
+from fastlora.loralib import (
+    load_lora_state_dict,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+)
 from fastlora.merging import merge, merged, unmerge
 from fastlora.modules import LoRALinear
 from fastlora.switching import switch_adapter
@@ -16,7 +21,10 @@ __all__ = [
     "explain",
     "inject",
     "load_adapter",
+    "load_lora_state_dict",
     "lora_linear",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
     "merge",
     "merged",
     "reference",
