@@ -3,8 +3,10 @@
 from fastlora import reference
 from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
+from fastlora.embedding import explain_embedding, lora_embedding
 from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
+from fastlora.layers import LoRAEmbedding
 from fastlora.loralib import (
     load_lora_state_dict,
     lora_state_dict,
@@ -16,12 +18,15 @@ from fastlora.switching import switch_adapter
 
 __all__ = [
     "InjectionReport",
+    "LoRAEmbedding",
     "LoRALinear",
     "__version__",
     "explain",
+    "explain_embedding",
     "inject",
     "load_adapter",
     "load_lora_state_dict",
+    "lora_embedding",
     "lora_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",

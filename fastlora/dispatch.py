@@ -57,6 +57,7 @@ class Call:
     R: int
     interpreted: bool = False
     triton_problem: str = ""
+    subject: str = "x"  # what the reason calls the tensor of x_dtype
 
 
 def decide(call: Call) -> Decision:
@@ -80,12 +81,14 @@ def decide(call: Call) -> Decision:
             major, minor = call.capability
             return eager(f"compute capability {major}.{minor} is older than 8.0")
     if call.x_dtype not in FUSED_DTYPES:
-        return eager(f"x is {call.x_dtype}; the kernels take bfloat16, float16 and float32")
+        return eager(
+            f"{call.subject} is {call.x_dtype}; the kernels take bfloat16, float16 and float32"
+        )
     if call.weight_dtype != call.x_dtype:
         return eager(f"weight is {call.weight_dtype} and x is {call.x_dtype}")
     for dtype in call.adapter_dtypes:
         if dtype not in (call.x_dtype, torch.float32):
-            return eager(f"an adapter is {dtype} beside {call.x_dtype} x")
+            return eager(f"an adapter is {dtype} beside {call.x_dtype} {call.subject}")
     if call.R > MAX_RANK:
         return eager(f"rank {call.R} is above {MAX_RANK}")
     if 0 in (call.M, call.K, call.N):
@@ -104,7 +107,13 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _decide_cached(
-    device: torch.device, dtypes: tuple[torch.dtype, ...], M: int, K: int, N: int, R: int
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    subject: str = "x",
 ) -> Decision:
     x_dtype, weight_dtype, *adapter_dtypes = dtypes
     return decide(
@@ -120,6 +129,7 @@ def _decide_cached(
             R=R,
             interpreted=INTERPRETED,
             triton_problem=_TRITON_PROBLEM,
+            subject=subject,
         )
     )
 
@@ -136,18 +146,45 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
     Returns:
         Decision: the path and its reason.
     """
-    forced = _forced.get()
-    if forced == "eager":
-        return Decision("eager", "fastlora.dispatch.force('eager') is active")
-    for t in (x, weight, lora_A, lora_B):
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return Decision(
-                "eager", "a tensor is of a subclass, which the kernels cannot look into"
-            )
+    refused = _refused(x, weight, lora_A, lora_B)
+    if refused is not None:
+        return refused
     # Of the number of rows only zero matters: batches of any length share an entry of the cache.
     dtypes = (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
     M, (N, K) = min(x.numel(), 1), weight.shape
     return _decide_cached(x.device, dtypes, M, K, N, lora_A.shape[0])
+
+
+def decide_embedding_for(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:
+    """The decision for an embedding with these tensors on this machine.
+
+    Args:
+        ids (Tensor): any shape; M is their number.
+        weight (Tensor): ``[V, N]``; V takes the place of K.
+        lora_A (Tensor): ``[R, V]``.
+        lora_B (Tensor): ``[N, R]``.
+
+    Returns:
+        Decision: the path and its reason.
+    """
+    refused = _refused(ids, weight, lora_A, lora_B)
+    if refused is not None:
+        return refused
+    dtypes = (weight.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
+    M, (V, N) = min(ids.numel(), 1), weight.shape
+    return _decide_cached(weight.device, dtypes, M, V, N, lora_A.shape[0], "weight")
+
+
+def _refused(*tensors: Tensor) -> Decision | None:
+    """The decision where it does not depend on shapes, dtypes or the device."""
+    if _forced.get() == "eager":
+        return Decision("eager", "fastlora.dispatch.force('eager') is active")
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return Decision(
+                "eager", "a tensor is of a subclass, which the kernels cannot look into"
+            )
+    return None
 
 
 @contextlib.contextmanager

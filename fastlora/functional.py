@@ -177,6 +177,25 @@ def _validate(
             raise ValueError(f"{name} must be {words}={shape}, got {got}")
     if R == 0:
         raise ValueError("lora_A must have a rank of at least 1, got shape (0, in_features)")
+    check_scaling(scaling, x.device)
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    if math.isnan(dropout_p) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    return float(dropout_p)
+
+
+def check_scaling(scaling: object, device: torch.device) -> None:
+    """Raise unless ``scaling`` is a number, or a 0-dim float tensor on ``device`` or the CPU.
+
+    Args:
+        scaling (object): what the caller gave.
+        device (torch.device): where the other tensors are.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the tensor is of another shape, dtype or device, or requires grad.
+    """
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0 or not scaling.is_floating_point():
             raise ValueError(
@@ -185,12 +204,7 @@ def _validate(
             )
         if scaling.requires_grad:
             raise ValueError("scaling must not require grad: it gets no gradient")
-        if scaling.device not in (x.device, torch.device("cpu")):
-            raise ValueError(f"scaling must be on {x.device} or the CPU, got {scaling.device}")
+        if scaling.device not in (device, torch.device("cpu")):
+            raise ValueError(f"scaling must be on {device} or the CPU, got {scaling.device}")
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a float or a Tensor, got {type(scaling).__name__}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
-    if math.isnan(dropout_p) or not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
-    return float(dropout_p)

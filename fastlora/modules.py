@@ -153,14 +153,30 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 def base_problem(base: object) -> TypeError | ValueError | None:
     """Return the error that says why ``base`` cannot be adapted, or None when it can."""
-    if not isinstance(base, nn.Linear):
-        return TypeError(f"base must be a torch.nn.Linear, got {type(base).__name__}")
-    if type(base).forward is not nn.Linear.forward or "forward" in vars(base):
+    problem = layer_problem(base, nn.Linear, ("weight", "bias"))
+    if problem is not None or not isinstance(base, nn.Linear):
+        return problem
+    expected = (base.out_features, base.in_features)
+    if tuple(base.weight.shape) != expected:
+        return ValueError(
+            f"base.weight must be (out_features, in_features)={expected}, "
+            f"got {tuple(base.weight.shape)}"
+        )
+    return None
+
+
+def layer_problem(
+    base: object, kind: type[nn.Module], parameters: tuple[str, ...]
+) -> TypeError | ValueError | None:
+    """Return the error that says why ``base`` is no plain ``kind`` of float weights, or None."""
+    if not isinstance(base, kind):
+        return TypeError(f"base must be a torch.nn.{kind.__name__}, got {type(base).__name__}")
+    if type(base).forward is not kind.forward or "forward" in vars(base):
         return TypeError(
-            "base must compute torch.nn.Linear's own forward, got a "
+            f"base must compute torch.nn.{kind.__name__}'s own forward, got a "
             f"{type(base).__name__} with another forward"
         )
-    for name in ("weight", "bias"):
+    for name in parameters:
         parameter = getattr(base, name)
         if name == "bias" and parameter is None:
             continue
@@ -173,12 +189,6 @@ def base_problem(base: object) -> TypeError | ValueError | None:
             return ValueError(
                 f"base.{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}"
             )
-    expected = (base.out_features, base.in_features)
-    if tuple(base.weight.shape) != expected:
-        return ValueError(
-            f"base.weight must be (out_features, in_features)={expected}, "
-            f"got {tuple(base.weight.shape)}"
-        )
     return None
 
 

@@ -7,8 +7,10 @@ fp64 inputs) and rounded once, to the dtype of ``x``.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.kernels.config import PHILOX_ROUNDS, dropout_threshold, keep_scale
@@ -144,3 +146,111 @@ def lora_merge(
             block = slice(start, start + rows)
             out[block] = weight[block].to(compute) + scaling * (b[block] @ a)
     return out
+
+
+def limit_norms(table: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> None:
+    """Scale the rows of ``table`` that ``ids`` name down to ``max_norm``, in place, as F.embedding does.
+
+    Args:
+        table (Tensor): ``[V, N]``, any strides.
+        ids (Tensor): any shape.
+        max_norm (float): largest norm of a row.
+        norm_type (float): the p of that norm.
+    """
+    with torch.no_grad():
+        torch.embedding_renorm_(table.detach(), ids.contiguous(), max_norm, norm_type)
+
+
+def sparse_columns(grad: Tensor, ids: Tensor, V: int, padding_idx: int | None) -> Tensor:
+    """The gradient of a table ``[R, V]`` of which the columns ``ids`` were read, as a sparse tensor.
+
+    Both dimensions are sparse: COO keeps its sparse dimensions first, so that a dense R would have to
+    come second. (torch cannot transpose what ``F.embedding(ids, lora_A.t(), sparse=True)`` gives, and
+    so in loralib and PEFT it has no backward.)
+
+    Args:
+        grad (Tensor): ``[M, R]``.
+        ids (Tensor): ``[M]``.
+        V (int): columns of the table.
+        padding_idx (int | None): id whose values are zero.
+
+    Returns:
+        Tensor: COO ``[R, V]`` with M R values, not coalesced.
+    """
+    M, R = grad.shape
+    if padding_idx is not None:
+        grad = torch.where((ids == padding_idx)[:, None], 0, grad)
+    rows = torch.arange(R, device=ids.device).repeat(M)
+    columns = ids.long().repeat_interleave(R, output_size=M * R)
+    return torch.sparse_coo_tensor(
+        torch.stack((rows, columns)), grad.reshape(-1), (R, V), check_invariants=False
+    )
+
+
+class _SparseColumns(torch.autograd.Function):
+    """``table[:, ids]^T``, whose gradient is sparse."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.V, ctx.padding_idx = table.shape[1], padding_idx
+        return F.embedding(ids, table.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        return (
+            sparse_columns(
+                grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), ctx.V, ctx.padding_idx
+            ),
+            None,
+            None,
+        )
+
+
+def lora_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``weight[ids] + scaling * lora_A[:, ids]^T lora_B^T``, eagerly: twin of `fastlora.lora_embedding`.
+
+    Args:
+        ids (Tensor): any shape, int32 or int64.
+        weight (Tensor): ``[V, N]``.
+        lora_A (Tensor): ``[R, V]``.
+        lora_B (Tensor): ``[N, R]``.
+        scaling (float | Tensor): factor of the LoRA branch. Default: 1.0.
+        padding_idx (int | None): id without a gradient. Default: ``None``.
+        max_norm (float | None): largest norm of the rows of weight and ``lora_A^T``. Default: ``None``.
+        norm_type (float): the p of that norm. Default: 2.0.
+        scale_grad_by_freq (bool): divide gradients by how often an id occurs. Default: ``False``.
+        sparse (bool): sparse gradients of lora_A and weight. Default: ``False``.
+
+    Returns:
+        Tensor: ``(*ids.shape, N)`` in the dtype of weight.
+    """
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if max_norm is not None:
+        limit_norms(weight, ids, max_norm, norm_type)
+        limit_norms(lora_A.t(), ids, max_norm, norm_type)
+
+    options = {"scale_grad_by_freq": scale_grad_by_freq}
+    with _no_autocast(weight.device.type):
+        if sparse:
+            columns = _SparseColumns.apply(  # type: ignore[no-untyped-call]
+                lora_A, ids, padding_idx
+            ).to(compute)
+        else:  # cast before it is gathered, so that the gradient of lora_A is summed in fp32
+            columns = F.embedding(ids, lora_A.to(compute).t(), padding_idx, **options)
+        rows = F.embedding(ids, weight, padding_idx, sparse=sparse, **options).to(compute)
+        y: Tensor = rows + scaling * columns @ lora_B.to(compute).t()
+    return y.to(weight.dtype)
