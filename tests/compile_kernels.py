@@ -129,7 +129,23 @@ def cases() -> list[Case]:
             Case("grad_b", arch, "ieee", R=16),
             Case("grad_b", arch, R=8, **odd),
         ]
+        found += [
+            Case("embedding", arch, R=16),
+            Case("embedding", arch, R=64, fp32_adapters=True, tensor_scaling=True),
+            Case("embedding", arch, R=256),
+            Case("embedding", arch, "fp16", R=16),
+            Case("embedding", arch, "tf32", R=32),
+            Case("embedding", arch, "ieee", R=16),
+            Case("embedding", arch, R=8, **odd),
+            Case("merge", arch, R=16),
+            Case("merge", arch, R=256),
+            Case("merge", arch, "fp16", R=64),
+            Case("merge", arch, "ieee", R=16),
+            Case("merge", arch, R=16, fp32_adapters=True),
+            Case("merge", arch, R=8, **odd),
+        ]
     for arch in (100, 120):
+        found += [Case("embedding", arch), Case("merge", arch)]
         found += [Case("forward", arch, bias=True), Case("grad_x", arch, R=64, dropout=True)]
         found += [Case("shrink", arch, dropout=True), Case("grad_a", arch, R=64, dropout=True)]
         found += [Case("grad_b", arch), Case("forward", arch, "tf32", R=64)]
@@ -201,6 +217,11 @@ def call(case: Case) -> None:
         "grad_b": lambda: modules["lora_grad_b"].lora_grad_b(dy, s, lora_B, scaling, p),
         "grad_x": lambda: modules["lora_grad_x"].lora_grad_x(dy, w, s, lora_A, mask),
         "grad_a": lambda: modules["lora_grad_a"].lora_grad_a(x, s, mask, adapter),
+        # x is the table of K-wide rows here, and its M rows the vocabulary.
+        "embedding": lambda: modules["lora_embedding"].lora_embedding(
+            new((M,), dtype=torch.int64), x, new((R, M), dtype=adapter), lora_A.t(), scaling
+        ),
+        "merge": lambda: modules["lora_merge"].lora_merge(w, lora_A, lora_B, 2.0, w),
     }
     launch[case.op]()
 

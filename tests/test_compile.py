@@ -92,8 +92,9 @@ def test_every_dtype_is_compiled(rows, arch):
     dtypes = {(row["op"], row["dtype"]) for row in rows if row["arch"] == arch}
     assert dtypes == {
         (op, dtype)
-        for op in ("shrink", "forward", "grad_b", "grad_x", "grad_a")
+        for op in ("shrink", "forward", "grad_b", "grad_x", "grad_a", "embedding", "merge")
         for dtype in ("bf16", "fp16", "tf32", "ieee")
+        if (op, dtype) != ("merge", "tf32")  # fp32 is always merged exactly
     }
 
 
@@ -121,7 +122,7 @@ def test_products_run_on_tensor_cores(products):
 
 def test_fp32_without_tf32_is_exact_fma(products):
     ieee = [row for row in products if row["dtype"] == "ieee"]
-    assert not without(ieee, lambda row: row["counts"]["FFMA"] >= 256)
+    assert not without(ieee, lambda row: row["counts"]["FFMA"] >= 128)
     assert not without(ieee, lambda row: not (row["counts"]["HMMA"] or row["counts"]["HGMMA"]))
 
 
@@ -141,7 +142,8 @@ def test_aligned_gemms_of_hopper_use_wgmma_and_tma(rows):
 
 def test_loads_are_pipelined(products):
     # cp.async or TMA; loads that fit no vector of 4 bytes cannot be, and are left out.
-    aligned = [row for row in products if row["K"] % 8 == 0]
+    # Merging has no loop to pipeline: one step takes most ranks.
+    aligned = [row for row in products if row["K"] % 8 == 0 and row["op"] != "merge"]
     assert not without(aligned, lambda row: row["counts"]["LDGSTS"] + row["counts"]["UTMALDG"] > 0)
 
 
