@@ -3,6 +3,7 @@
 from fastlora import reference
 from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
+from fastlora.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from fastlora.embedding import explain_embedding, lora_embedding
 from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
@@ -12,14 +13,19 @@ from fastlora.loralib import (
     lora_state_dict,
     mark_only_lora_as_trainable,
 )
+from fastlora.merged_linear import LoRAMergedLinear, lora_merged_linear
 from fastlora.merging import merge, merged, unmerge
 from fastlora.modules import LoRALinear
 from fastlora.switching import switch_adapter
 
 __all__ = [
     "InjectionReport",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRAMergedLinear",
     "__version__",
     "explain",
     "explain_embedding",
@@ -28,6 +34,7 @@ __all__ = [
     "load_lora_state_dict",
     "lora_embedding",
     "lora_linear",
+    "lora_merged_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",

@@ -7,6 +7,7 @@ fp64 inputs) and rounded once, to the dtype of ``x``.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,16 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(device_type=device_type, enabled=False)
 
 
+def _drop(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
+    """``dropout(x)`` of a 2-D x, with the kernels' mask."""
+    if p <= 0:
+        return x
+    seed = draw_seed(x.device) if seed is None else seed
+    keep = dropout_keep_mask(seed, x.shape[0], x.shape[1], p, x.device)
+    # where, not a product: a NaN or Inf that is dropped must not come back as NaN.
+    return torch.where(keep, x * keep_scale(p), 0.0)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -108,14 +119,60 @@ def lora_linear(
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     with _no_autocast(x.device.type):
         x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
-        dropped = x_c
-        if training and dropout_p > 0:
-            seed = draw_seed(x.device) if seed is None else seed
-            keep = dropout_keep_mask(seed, x_c.shape[0], K, dropout_p, x.device)
-            # where, not a product: a NaN or Inf that is dropped must not come back as NaN.
-            dropped = torch.where(keep, x_c * keep_scale(dropout_p), 0.0)
+        dropped = _drop(x_c, dropout_p if training else 0.0, seed)
         s = scaling * (dropped @ lora_A.to(compute).t())
         y = x_c @ weight.to(compute).t() + s @ lora_B.to(compute).t()
+        if bias is not None:
+            y = y + bias.to(compute)
+    return y.to(x.dtype).reshape(*x.shape[:-1], N)
+
+
+def lora_merged_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    slices: Sequence[tuple[int, int]],
+    *,
+    bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """``x W0^T + bias``, plus ``scaling * dropout(x) A_g^T B_g^T`` on the columns of slice g, eagerly.
+
+    Args:
+        x (Tensor): ``(..., K)``.
+        weight (Tensor): ``[N, K]``.
+        lora_A (Tensor): ``[G R, K]``, the A of each of the G slices, one below the other.
+        lora_B (Tensor): ``[sum of their widths, R]``, likewise.
+        slices (Sequence[tuple[int, int]]): first and last column of each slice, in order; ``last`` is
+            not in it.
+        bias (Tensor | None): ``[N]``. Default: ``None``.
+        scaling (float | Tensor): factor of the LoRA branches. Default: 1.0.
+        dropout_p (float): dropout on x, LoRA branches only, one mask for all. Default: 0.0.
+        training (bool): whether dropout is active. Default: ``True``.
+        seed (Tensor | int | None): seed of the mask; drawn from torch's generator when ``None``.
+
+    Returns:
+        Tensor: ``(..., N)`` in the dtype of ``x``.
+    """
+    N, K = weight.shape
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with _no_autocast(x.device.type):
+        x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
+        dropped = _drop(x_c, dropout_p if training else 0.0, seed)
+        s = scaling * (dropped @ lora_A.to(compute).t())
+        y = x_c @ weight.to(compute).t()
+        parts, end = [], 0
+        rows = torch.split(lora_B.to(compute), [last - first for first, last in slices])
+        for s_g, b_g, (first, last) in zip(
+            torch.split(s, lora_B.shape[1], 1), rows, slices, strict=True
+        ):
+            parts += [y[:, end:first], y[:, first:last] + s_g @ b_g.t()]
+            end = last
+        y = torch.cat([*parts, y[:, end:]], 1)
         if bias is not None:
             y = y + bias.to(compute)
     return y.to(x.dtype).reshape(*x.shape[:-1], N)
@@ -254,3 +311,24 @@ def lora_embedding(
         rows = F.embedding(ids, weight, padding_idx, sparse=sparse, **options).to(compute)
         y: Tensor = rows + scaling * columns @ lora_B.to(compute).t()
     return y.to(weight.dtype)
+
+
+def lora_conv_weight(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+) -> Tensor:
+    """``weight + scaling * lora_B lora_A``, the product viewed as a convolution's kernel.
+
+    Args:
+        weight (Tensor): ``[out, in / groups, *kernel]``.
+        lora_A (Tensor): ``[r k, columns]``.
+        lora_B (Tensor): ``[rows, r k]``; rows times columns is the size of weight.
+        scaling (float | Tensor): factor of the product.
+
+    Returns:
+        Tensor: shape and dtype of weight.
+    """
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    with _no_autocast(weight.device.type):
+        product = lora_B.to(compute) @ lora_A.to(compute)
+        updated = weight.to(compute) + scaling * product.view(weight.shape)
+    return updated.to(weight.dtype)

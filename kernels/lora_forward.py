@@ -26,7 +26,7 @@ from .launch import descriptor, launch
 
 
 @triton.jit
-def _add_bias(acc, bias_ptr, offs_n, N):
+def add_bias(acc, bias_ptr, offs_n, N):
     """``acc + bias`` over the rows of a tile."""
     return acc + tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
 
@@ -59,7 +59,7 @@ def _lora_forward_tma_kernel(
             b = right.load([start_n, start_k])  # [BLOCK_N, BLOCK_K]
             acc = dot(a, b.T, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
         if HAS_BIAS:
-            acc = _add_bias(acc, bias_ptr, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), N)
+            acc = add_bias(acc, bias_ptr, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), N)
         store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
 
 
@@ -95,7 +95,7 @@ def _lora_forward_pointer_kernel(
         y_ptr.dtype.element_ty, PRECISION, R_STEPS, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
-        acc = _add_bias(acc, bias_ptr, offs_n, N)
+        acc = add_bias(acc, bias_ptr, offs_n, N)
     tl.store(
         y_ptr + offs_m[:, None] * N + offs_n[None, :],
         acc.to(y_ptr.dtype.element_ty),

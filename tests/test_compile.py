@@ -115,7 +115,12 @@ def test_pointer_kernels_fit_every_gpu_since_sm80(rows):
 
 
 def test_products_run_on_tensor_cores(products):
-    tensor = [row for row in products if row["dtype"] != "ieee"]
+    exact = {("merge", True)}  # fp32 adapters are merged without rounding their products
+    tensor = [
+        row
+        for row in products
+        if row["dtype"] != "ieee" and (row["op"], row["fp32_adapters"]) not in exact
+    ]
     assert not without(tensor, lambda row: row["counts"]["HMMA"] or row["counts"]["HGMMA"])
     assert not without(tensor, lambda row: row["arch"] == 90 or not row["counts"]["HGMMA"])
 
