@@ -137,6 +137,12 @@ def cases() -> list[Case]:
             Case("embedding", arch, "tf32", R=32),
             Case("embedding", arch, "ieee", R=16),
             Case("embedding", arch, R=8, **odd),
+            Case("sliced", arch, bias=True),
+            Case("sliced", arch, R=64, fp32_adapters=True),
+            Case("sliced", arch, "fp16", R=16, M=1024),
+            Case("sliced", arch, "tf32", R=64),
+            Case("sliced", arch, "ieee"),
+            Case("sliced", arch, R=256, **odd),
             Case("merge", arch, R=16),
             Case("merge", arch, R=256),
             Case("merge", arch, "fp16", R=64),
@@ -145,7 +151,7 @@ def cases() -> list[Case]:
             Case("merge", arch, R=8, **odd),
         ]
     for arch in (100, 120):
-        found += [Case("embedding", arch), Case("merge", arch)]
+        found += [Case("embedding", arch), Case("merge", arch), Case("sliced", arch)]
         found += [Case("forward", arch, bias=True), Case("grad_x", arch, R=64, dropout=True)]
         found += [Case("shrink", arch, dropout=True), Case("grad_a", arch, R=64, dropout=True)]
         found += [Case("grad_b", arch), Case("forward", arch, "tf32", R=64)]
@@ -220,6 +226,14 @@ def call(case: Case) -> None:
         # x is the table of K-wide rows here, and its M rows the vocabulary.
         "embedding": lambda: modules["lora_embedding"].lora_embedding(
             new((M,), dtype=torch.int64), x, new((R, M), dtype=adapter), lora_A.t(), scaling
+        ),
+        "sliced": lambda: modules["lora_forward_sliced"].lora_forward_sliced(
+            x,
+            w,
+            new((2, M, R), dtype=dtype),
+            new((N // 4 * 3, R), dtype=adapter),
+            ((0, N // 2), (N - N // 4, N)),
+            new((N,), dtype=dtype) if case.bias else None,
         ),
         "merge": lambda: modules["lora_merge"].lora_merge(w, lora_A, lora_B, 2.0, w),
     }

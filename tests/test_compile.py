@@ -23,6 +23,7 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: SMALLEST_SHARED}
 FULLY_COVERED = (80, 90)
 GEMMS = {
     "_lora_forward_tma_kernel",
+    "_lora_forward_sliced_tma_kernel",
     "_lora_grad_x_tma_kernel",
     "_lora_grad_x_dropout_kernel",
 }
@@ -92,7 +93,16 @@ def test_every_dtype_is_compiled(rows, arch):
     dtypes = {(row["op"], row["dtype"]) for row in rows if row["arch"] == arch}
     assert dtypes == {
         (op, dtype)
-        for op in ("shrink", "forward", "grad_b", "grad_x", "grad_a", "embedding", "merge")
+        for op in (
+            "shrink",
+            "forward",
+            "grad_b",
+            "grad_x",
+            "grad_a",
+            "embedding",
+            "sliced",
+            "merge",
+        )
         for dtype in ("bf16", "fp16", "tf32", "ieee")
         if (op, dtype) != ("merge", "tf32")  # fp32 is always merged exactly
     }
@@ -136,7 +146,7 @@ def test_aligned_gemms_of_hopper_use_wgmma_and_tma(rows):
         row
         for row in rows
         if row["arch"] == 90
-        and row["op"] in ("forward", "grad_x")
+        and row["op"] in ("forward", "grad_x", "sliced")
         and row["dtype"] != "ieee"
         and row["K"] % 8 == 0
     ]
