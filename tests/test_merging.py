@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,3 +391,12 @@ def test_bad_arguments_are_named():
     layer.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="weight must be frozen to be merged"):
         layer.merge()
+
+
+def test_the_page_about_layers_runs():
+    page = Path(__file__).parents[1].joinpath("docs", "layers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    scope = {"__name__": "page"}
+    exec("\n".join(blocks), scope)
+    assert scope["model"].qkv.merged
