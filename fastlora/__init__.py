@@ -3,6 +3,7 @@
 from fastlora import reference
 from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
+from fastlora.adapters import AdapterStack, Routing, route
 from fastlora.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from fastlora.embedding import explain_embedding, lora_embedding
 from fastlora.functional import explain, lora_linear
@@ -16,9 +17,11 @@ from fastlora.loralib import (
 from fastlora.merged_linear import LoRAMergedLinear, lora_merged_linear
 from fastlora.merging import merge, merged, unmerge
 from fastlora.modules import LoRALinear
+from fastlora.multi import lora_linear_multi
 from fastlora.switching import switch_adapter
 
 __all__ = [
+    "AdapterStack",
     "InjectionReport",
     "LoRAConv1d",
     "LoRAConv2d",
@@ -26,6 +29,7 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAMergedLinear",
+    "Routing",
     "__version__",
     "explain",
     "explain_embedding",
@@ -34,12 +38,14 @@ __all__ = [
     "load_lora_state_dict",
     "lora_embedding",
     "lora_linear",
+    "lora_linear_multi",
     "lora_merged_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
     "merged",
     "reference",
+    "route",
     "save_adapter",
     "switch_adapter",
     "unmerge",

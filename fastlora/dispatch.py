@@ -140,8 +140,8 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
     Args:
         x (Tensor): ``(..., K)``.
         weight (Tensor): ``[N, K]``.
-        lora_A (Tensor): ``[R, K]``.
-        lora_B (Tensor): ``[N, R]``.
+        lora_A (Tensor): ``[R, K]``, or a stack of them.
+        lora_B (Tensor): ``[N, R]``, likewise.
 
     Returns:
         Decision: the path and its reason.
@@ -152,7 +152,7 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
     # Of the number of rows only zero matters: batches of any length share an entry of the cache.
     dtypes = (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
     M, (N, K) = min(x.numel(), 1), weight.shape
-    return _decide_cached(x.device, dtypes, M, K, N, lora_A.shape[0])
+    return _decide_cached(x.device, dtypes, M, K, N, lora_A.shape[-2])
 
 
 def decide_embedding_for(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:

@@ -57,7 +57,7 @@ def lora_linear(
     """
     dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     dropout_p = dropout_p if training else 0.0
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast_linear(x, weight, bias)
     seed = reference.draw_seed(x.device) if dropout_p > 0 else None
     if not decide_for(x, weight, lora_A, lora_B).fused:
         return reference.lora_linear(
@@ -117,11 +117,11 @@ def explain(
         'eager'
     """
     _validate(x, weight, lora_A, lora_B, bias, 1.0, dropout_p)
-    x, weight, _ = _autocast(x, weight, bias)
+    x, weight, _ = autocast_linear(x, weight, bias)
     return decide_for(x, weight, lora_A, lora_B)
 
 
-def _autocast(
+def autocast_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast x, weight and bias as autocast casts the arguments of a linear; adapters stay as they are."""
@@ -149,6 +149,20 @@ def _validate(
     dropout_p: float,
 ) -> float:
     """Raise for arguments that do not fit together; return ``dropout_p`` as a float."""
+    check_tensors(x, weight, lora_A, lora_B, bias)
+    check_scaling(scaling, x.device)
+    return check_dropout(dropout_p)
+
+
+def check_tensors(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    stacked: bool = False,
+) -> None:
+    """Raise for tensors that do not fit together; ``stacked`` adapters have a dimension of slots first."""
     named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         named["bias"] = bias
@@ -161,14 +175,15 @@ def _validate(
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
     if x.dim() == 0:
         raise ValueError("x must be (..., in_features), got a 0-dim tensor")
-    for name in ("weight", "lora_A", "lora_B"):
-        if named[name].dim() != 2:
-            raise ValueError(f"{name} must be 2-D, got shape {tuple(named[name].shape)}")
-    K, (N, R) = x.shape[-1], (weight.shape[0], lora_A.shape[0])
+    for name, dims in (("weight", 2), ("lora_A", 2 + stacked), ("lora_B", 2 + stacked)):
+        if named[name].dim() != dims:
+            raise ValueError(f"{name} must be {dims}-D, got shape {tuple(named[name].shape)}")
+    K, (N, R) = x.shape[-1], (weight.shape[0], lora_A.shape[-2])
+    slots, word = (tuple(lora_A.shape[:1]), "adapters, ") if stacked else ((), "")
     expected = {
         "weight": ("(out_features, in_features)", (N, K)),
-        "lora_A": ("(r, in_features)", (R, K)),
-        "lora_B": ("(out_features, r)", (N, R)),
+        "lora_A": (f"({word}r, in_features)", (*slots, R, K)),
+        "lora_B": (f"({word}out_features, r)", (*slots, N, R)),
         "bias": ("(out_features,)", (N,)),
     }
     for name, (words, shape) in expected.items():
@@ -177,7 +192,10 @@ def _validate(
             raise ValueError(f"{name} must be {words}={shape}, got {got}")
     if R == 0:
         raise ValueError("lora_A must have a rank of at least 1, got shape (0, in_features)")
-    check_scaling(scaling, x.device)
+
+
+def check_dropout(dropout_p: float) -> float:
+    """Raise for what is no probability; return it as a float."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
     if math.isnan(dropout_p) or not 0 <= dropout_p <= 1:

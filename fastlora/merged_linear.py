@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora import reference
 from fastlora.dispatch import decide_for
-from fastlora.functional import _autocast, _validate
+from fastlora.functional import autocast_linear, check_dropout, check_scaling, check_tensors
 from fastlora.merging import LoRALayer, Product
 from fastlora.modules import base_problem, check_lora_options, lora_scaling
 
@@ -69,8 +69,10 @@ def lora_merged_linear(
     stand_in = lora_B
     if all(isinstance(t, Tensor) and t.dim() == 2 for t in (weight, lora_A, lora_B)):
         stand_in = _check_slices(weight, lora_A, lora_B, widths, slices)
-    dropout_p = _validate(x, weight, lora_A, stand_in, bias, scaling, dropout_p)
-    x, weight, bias = _autocast(x, weight, bias)
+    check_tensors(x, weight, lora_A, stand_in, bias)
+    check_scaling(scaling, x.device)
+    dropout_p = check_dropout(dropout_p)
+    x, weight, bias = autocast_linear(x, weight, bias)
     dropout_p = dropout_p if training else 0.0
     seed = reference.draw_seed(x.device) if dropout_p > 0 else None
     if not decide_for(x, weight, lora_A, lora_B).fused:

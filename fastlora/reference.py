@@ -127,6 +127,61 @@ def lora_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], N)
 
 
+def lora_linear_multi(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    adapter_ids: Tensor,
+    *,
+    scaling: Tensor | float = 1.0,
+    ranks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """``y[m] = x[m] W0^T + bias + scaling[l] * dropout(x[m]) A[l]^T B[l]^T``, ``l = adapter_ids[m]``.
+
+    The twin of `fastlora.lora_linear_multi` on flat rows. It goes through the adapters that occur one by
+    one, for which it reads the ids back: on a GPU that is a sync.
+
+    Args:
+        x (Tensor): ``[M, K]``.
+        weight (Tensor): ``[N, K]``.
+        lora_A (Tensor): ``[L, R, K]``.
+        lora_B (Tensor): ``[L, N, R]``.
+        adapter_ids (Tensor): integer ``[M]``, -1 for the frozen layer alone.
+        scaling (Tensor | float): ``[L]`` or one number. Default: 1.0.
+        ranks (Tensor | None): integer ``[L]``; what lies past a rank is ignored. Default: ``None``, all R.
+        bias (Tensor | None): ``[N]``. Default: ``None``.
+        dropout_p (float): dropout on x, LoRA branch only. Default: 0.0.
+        training (bool): whether dropout is active. Default: ``True``.
+        seed (Tensor | int | None): seed of the mask; drawn from torch's generator when ``None``.
+
+    Returns:
+        Tensor: ``[M, N]`` in the dtype of ``x``.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with _no_autocast(x.device.type):
+        x_c = x.to(compute)
+        dropped = _drop(x_c, dropout_p if training else 0.0, seed)
+        # The empty slices put both stacks into the graph: zeros for adapters that do not occur.
+        y = x_c @ weight.to(compute).t() + (lora_A[:0].sum() + lora_B[:0].sum()).to(compute)
+        for adapter in torch.unique(adapter_ids).tolist():
+            if adapter < 0:
+                continue
+            rows = (adapter_ids == adapter).nonzero().squeeze(1)
+            r = lora_A.shape[1] if ranks is None else int(ranks[adapter])
+            factor = scaling[adapter].to(compute) if isinstance(scaling, Tensor) else scaling
+            a, b = lora_A[adapter, :r].to(compute), lora_B[adapter, :, :r].to(compute)
+            s = factor * (dropped[rows] @ a.t())
+            y = y.index_add(0, rows, s @ b.t())
+        if bias is not None:
+            y = y + bias.to(compute)
+    return y.to(x.dtype)
+
+
 def lora_merged_linear(
     x: Tensor,
     weight: Tensor,

@@ -51,25 +51,43 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 
 @triton.jit
+def rank_of(ranks_ptr, slot, R):
+    """The rank of the adapter in a slot: R for all where there is no table of ranks."""
+    if ranks_ptr is None:
+        return R
+    else:
+        return min(tl.load(ranks_ptr + slot), R)
+
+
+@triton.jit
 def add_rank_product(
-    acc, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
+    acc, s_ptr, b_ptr, offs_m, rows, offs_n, N, R, end_r, stride_sp, stride_sm, stride_bn, stride_br,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``acc + s B^T`` for one output tile; s ``[M, R]`` has dense rows."""
-    for r in tl.range(0, R_STEPS * BLOCK_R, BLOCK_R, num_stages=1):
+    """``acc + s B^T`` for one output tile and the ``rows`` ``[BLOCK_M, 1]`` of it that take part.
+
+    s ``[PARTS, M, R]`` has dense rows; its parts are summed in order. Ranks go to ``end_r``, R or past it.
+    """
+    for r in tl.range(0, end_r, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
-        s = tl.load(
-            s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
-            mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_R]
+        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :]
+        mask = rows & (offs_r[None, :] < R)
+        s = tl.load(s_ptrs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_R]
+        for part in tl.static_range(1, PARTS):
+            s += tl.load(s_ptrs + part * stride_sp, mask=mask, other=0.0)
         b = tl.load(
             b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None].to(tl.int64) * stride_br,
             mask=(offs_n[None, :] < N) & (offs_r[:, None] < R),
             other=0.0,
         )  # [BLOCK_R, BLOCK_N]
-        acc = dot(s, b.to(DTYPE), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+        acc = dot(s.to(DTYPE), b.to(DTYPE), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
     return acc
+
+
+@triton.jit
+def add_bias(acc, bias_ptr, offs_n, N):
+    """``acc + bias`` over the rows of a tile."""
+    return acc + tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -115,13 +133,13 @@ def dot_precision(dtype: torch.dtype, depth: int = 2) -> str:
     return "tf32"
 
 
-def strides(t: Tensor) -> tuple[int, int]:
-    """Strides of a 2-D tensor for a pointer kernel, 0 for a single column.
+def strides(t: Tensor) -> tuple[int, ...]:
+    """Strides of a tensor for a pointer kernel, the last one 0 for a single column.
 
     A contiguous ``[N, 1]`` has strides (1, 1), from which Triton 3.6 builds a TF32 wgmma that reads past
     the end of shared memory.
     """
-    return t.stride(0), t.stride(1) if t.shape[1] > 1 else 0
+    return *t.stride()[:-1], t.stride(-1) if t.shape[-1] > 1 else 0
 
 
 def fits_tma(*tensors: Tensor) -> bool:

@@ -123,6 +123,53 @@ def merge_config(itemsize: int) -> LaunchConfig:
     return LaunchConfig(0, 64, 128, num_warps=4, num_stages=1)
 
 
+def multi_shrink_config(itemsize: int, R: int, precision: str, block_m: int) -> LaunchConfig:
+    """Tiles of `lora_multi_shrink`: ``BLOCK_M`` gathered rows, ``BLOCK_N`` ranks, ``BLOCK_K`` of x.
+
+    As `shrink_config`, but for a block of at most 64 ranks: past an adapter's own rank its programs end.
+    """
+    block_r = min(rank_block(R), 64)
+    if precision == "ieee" and itemsize == 4:
+        return LaunchConfig(block_m, block_r, 32, num_warps=4, num_stages=3)
+    return LaunchConfig(block_m, block_r, 256 // itemsize, num_warps=4, num_stages=4)
+
+
+MULTI_BLOCK_M = 16
+"""Rows of a block of `lora_multi_shrink`: few, so that a batch of many adapters pads few rows."""
+
+
+def multi_gemm_tma_config(
+    M: int, N: int, itemsize: int, num_sms: int, masked_rank: int | None
+) -> LaunchConfig:
+    """Tiles of `lora_multi_gemm` by TMA: those of grad_x with dropout, whose loop it shares.
+
+    Its rank product stands outside of the ring as well, so that the ring has three stages.
+    """
+    return gemm_tma_config(M, N, itemsize, num_sms, 64 if masked_rank is None else masked_rank)
+
+
+def multi_decode_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchConfig | None:
+    """Tiles of `lora_multi_gemm` for at most 256 rows, or ``None`` above.
+
+    There the time is that of streaming W: narrow tiles give every SM a share, and many stages keep its
+    loads in flight. Chosen by arithmetic, not yet by measurement.
+    """
+    if M > 256:
+        return None
+    block_m = 16 if M <= 16 else 32 if M <= 32 else 64
+    block_n = 64 if cdiv(N, 64) >= num_sms else 32
+    return LaunchConfig(block_m, block_n, 256 // itemsize, num_warps=4, num_stages=4)
+
+
+def multi_shrink_parts(M: int, K: int, num_sms: int) -> int:
+    """Into how many sums over K `lora_multi_shrink` is split for the decode kernel, which adds them.
+
+    A block of rows has one program otherwise, which reads K alone; at most 8 parts of 512 at least.
+    """
+    blocks = cdiv(M, MULTI_BLOCK_M)
+    return max(1, min(8, K // 512, num_sms // blocks))
+
+
 @dataclass(frozen=True)
 class ReduceConfig:
     """A pass over ``[M, C]`` that sums over rows: ``row_splits`` programs share a block of columns."""
@@ -188,3 +235,16 @@ def embedding_config(
     block_c = max(16, min(widest, (1 << 14) // (rank_block(R) * itemsize)))
     splits = max(1, min(cdiv(N, block_c), 2 * num_sms // cdiv(M, block_m)))
     return ReduceConfig(block_m, block_c, splits, num_warps=4, num_stages=2)
+
+
+def multi_grad_config(
+    M: int, K: int, R: int, L: int, itemsize: int, num_sms: int, precision: str
+) -> ReduceConfig:
+    """Config of `lora_multi_grad`: as `grad_a_config`, with a program an adapter and block of columns.
+
+    Rows are split only where few adapters leave SMs idle: every split writes fp32 ``[L, R, K]``.
+    """
+    c = grad_a_config(M, K, R, itemsize, num_sms, precision)
+    programs = cdiv(K, c.BLOCK_C) * min(L, M)
+    splits = max(1, min(cdiv(M, c.BLOCK_M), 2 * num_sms // programs))
+    return ReduceConfig(c.BLOCK_M, c.BLOCK_C, splits, c.num_warps, c.num_stages)

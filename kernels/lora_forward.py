@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    add_bias,
     add_rank_product,
     device_properties,
     dot,
@@ -23,12 +24,6 @@ from .common import (
 )
 from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
 from .launch import descriptor, launch
-
-
-@triton.jit
-def add_bias(acc, bias_ptr, offs_n, N):
-    """``acc + bias`` over the rows of a tile."""
-    return acc + tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -91,8 +86,8 @@ def _lora_forward_pointer_kernel(
         )  # [BLOCK_K, BLOCK_N]
         acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
     acc = add_rank_product(
-        acc, s_ptr, b_ptr, offs_m, offs_n, M, N, R, stride_sm, stride_bn, stride_br,
-        y_ptr.dtype.element_ty, PRECISION, R_STEPS, BLOCK_R,
+        acc, s_ptr, b_ptr, offs_m, offs_m[:, None] < M, offs_n, N, R, R_STEPS * BLOCK_R,
+        0, stride_sm, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, 1, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, offs_n, N)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    add_bias,
     add_rank_product,
     device_properties,
     dot,
@@ -26,7 +27,6 @@ from .common import (
 )
 from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
 from .launch import descriptor, launch
-from .lora_forward import add_bias
 
 Slices = tuple[tuple[int, int], ...]
 """The ``(first, last)`` columns of y of each adapted slice, in order; ``last`` is not in it."""
@@ -109,9 +109,10 @@ def _lora_forward_sliced_pointer_kernel(
             inside = (offs_n >= first) & (offs_n < last)
             rows = tl.where(inside, offs_n - first + b_row, b_rows)
             acc = add_rank_product(
-                acc, s_ptr + tl.cast(g, tl.int64) * stride_sg, b_ptr, offs_m, rows, M, b_rows, R,
-                stride_sm, stride_bn, stride_br,
-                y_ptr.dtype.element_ty, PRECISION, R_STEPS, BLOCK_R,
+                acc, s_ptr + tl.cast(g, tl.int64) * stride_sg, b_ptr,
+                offs_m, offs_m[:, None] < M, rows, b_rows, R, R_STEPS * BLOCK_R,
+                0, stride_sm, stride_bn, stride_br,
+                y_ptr.dtype.element_ty, PRECISION, 1, BLOCK_R,
             )  # fmt: skip
         b_row += last - first
     if HAS_BIAS:

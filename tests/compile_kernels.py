@@ -149,9 +149,37 @@ def cases() -> list[Case]:
             Case("merge", arch, "ieee", R=16),
             Case("merge", arch, R=16, fp32_adapters=True),
             Case("merge", arch, R=8, **odd),
+            Case("multi_shrink", arch),
+            Case("multi_shrink", arch, R=64, dropout=True, fp32_adapters=True),
+            Case("multi_shrink", arch, R=256),
+            Case("multi_shrink", arch, "fp16", M=64),
+            Case("multi_shrink", arch, "tf32", dropout=True),
+            Case("multi_shrink", arch, "ieee", R=64),
+            Case("multi_shrink", arch, R=8, dropout=True, **odd),
+            Case("multi_grad", arch, dropout=True),
+            Case("multi_grad", arch, R=64, fp32_adapters=True),
+            Case("multi_grad", arch, "fp16", R=64, dropout=True),
+            Case("multi_grad", arch, "tf32", R=64),
+            Case("multi_grad", arch, "ieee", dropout=True),
+            Case("multi_grad", arch, R=8, **odd),
+            Case("multi_forward", arch, bias=True),
+            Case("multi_forward", arch, R=64, fp32_adapters=True),
+            Case("multi_forward", arch, R=256),
+            Case("multi_forward", arch, "fp16"),
+            Case("multi_forward", arch, "tf32"),
+            Case("multi_forward", arch, "ieee"),
+            Case("multi_forward", arch, R=64, **odd),
+            *(Case("multi_forward", arch, R=64, M=rows) for rows in (16, 32, 64, 256)),
+            Case("multi_forward", arch, "tf32", M=64, N=32768),
+            Case("multi_grad_x", arch, dropout=True, fp32_adapters=True),
+            Case("multi_grad_x", arch, R=64),
+            Case("multi_grad_x", arch, "fp16", R=64, dropout=True),
+            Case("multi_grad_x", arch, "tf32", dropout=True),
+            Case("multi_grad_x", arch, "ieee"),
         ]
     for arch in (100, 120):
         found += [Case("embedding", arch), Case("merge", arch), Case("sliced", arch)]
+        found += [Case("multi_forward", arch, M=rows) for rows in (16, 256, 8192)]
         found += [Case("forward", arch, bias=True), Case("grad_x", arch, R=64, dropout=True)]
         found += [Case("shrink", arch, dropout=True), Case("grad_a", arch, R=64, dropout=True)]
         found += [Case("grad_b", arch), Case("forward", arch, "tf32", R=64)]
@@ -236,8 +264,49 @@ def call(case: Case) -> None:
             new((N,), dtype=dtype) if case.bias else None,
         ),
         "merge": lambda: modules["lora_merge"].lora_merge(w, lora_A, lora_B, 2.0, w),
+        **multi_launches(case, modules, new),
     }
     launch[case.op]()
+
+
+def multi_launches(
+    case: Case, modules: dict[str, Any], new: Callable[..., Tensor], slots: int = 32
+) -> dict[str, Callable[[], object]]:
+    """The launches of the kernels for many adapters; ranks differ where adapters are fp32."""
+    dtype = DTYPES[case.dtype]
+    adapter = torch.float32 if case.fp32_adapters else dtype
+    M, K, N, R = case.M, case.K, case.N, case.R
+    x, dy, w = new((M, K), dtype=dtype), new((M, N), dtype=dtype), new((N, K), dtype=dtype)
+    stack_a, stack_b = new((slots, R, K), dtype=adapter), new((slots, N, R), dtype=adapter)
+    scaling, ids = new((slots,), dtype=torch.float32), new((M,), dtype=torch.int32)
+    ranks = new((slots,), dtype=torch.int32) if case.fp32_adapters else None
+    rows = (ids, ids, new((M // 16 + slots,), dtype=torch.int32))
+    segments = (ids, ids, new((slots + 1,), dtype=torch.int32))
+    bias = new((N,), dtype=dtype) if case.bias else None
+    p, seed, mask = 0.0, None, None
+    if case.dropout:
+        p, seed = 0.1, new((), dtype=torch.int64)
+        mask = new((M, (K + 7) // 8), dtype=torch.uint8)
+    gemm, config = modules["multi_gemm"], modules["config"]
+
+    def product(x: Tensor, weight: Tensor, right: Tensor, **options: Any) -> None:
+        plan = gemm.multi_gemm_plan(x, weight, R if case.dropout else None)
+        width = min(slots, plan[1].BLOCK_M)
+        tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)
+        parts = config.multi_shrink_parts(M, K, 132) if plan[0] == "decode" else 1
+        s = new((parts, M, R), dtype=dtype if parts == 1 else torch.float32)
+        gemm.lora_multi_gemm(x, weight, s, right, ranks, (ids, tiles), plan, **options)
+
+    return {
+        "multi_shrink": lambda: modules["multi_shrink"].lora_multi_shrink(
+            x, stack_a, scaling, ranks, rows, 16, p, seed, parts=4 if M <= 256 else 1
+        ),
+        "multi_forward": lambda: product(x, w, stack_b, bias=bias),
+        "multi_grad_x": lambda: product(dy, w.t(), stack_a.transpose(1, 2), mask=mask),
+        "multi_grad": lambda: modules["multi_grad"].lora_multi_grad(
+            x, new((M, R), dtype=dtype), mask, ranks, segments, slots, adapter
+        ),
+    }
 
 
 def tool(name: str, *args: str) -> str:
@@ -263,8 +332,22 @@ def inspect(kernel: Any) -> dict[str, Any]:
         "spills": counts["STL"] + counts["LDL"],
         "shared": kernel.metadata.shared,
         "register_wgmma": sum(e == "#ttg.dot_op" for e in encodings),
+        "serialized": serialized(kernel),
         "counts": counts,
     }
+
+
+def serialized(kernel: Any) -> bool:
+    """Whether ptxas waits for every wgmma, which it says at that and which more than halves the speed."""
+    if "wgmma" not in kernel.asm["ptx"]:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(kernel.asm["ptx"])
+        ptxas = triton.knobs.nvidia.ptxas.path
+        args = [ptxas, "-v", "-arch=sm_90a", str(ptx), "-o", str(Path(folder, "out"))]
+        done = subprocess.run(args, capture_output=True, text=True, check=True)
+    return "are serialized" in done.stdout + done.stderr
 
 
 def compile_case(case: Case) -> list[dict[str, Any]]:
@@ -317,6 +400,7 @@ def main() -> None:
             continue
         counts = " ".join(f"{k}:{v}" for k, v in row["counts"].items() if v)
         counts += f" register-wgmma:{row['register_wgmma']}" if row["register_wgmma"] else ""
+        counts += " serialized" if row["serialized"] else ""
         print(
             f"{row['case']:58} {row['kernel']:30} {row['registers']:4} {row['spills']:5} "
             f"{row['shared']:7}  {counts}"

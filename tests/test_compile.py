@@ -26,7 +26,13 @@ GEMMS = {
     "_lora_forward_sliced_tma_kernel",
     "_lora_grad_x_tma_kernel",
     "_lora_grad_x_dropout_kernel",
+    "_lora_multi_gemm_tma_kernel",
 }
+OPS = (
+    *("shrink", "forward", "grad_b", "grad_x", "grad_a"),
+    *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
+    *("embedding", "sliced", "merge"),
+)
 NO_PRODUCT = {"_sum_splits_kernel"}
 
 
@@ -93,16 +99,7 @@ def test_every_dtype_is_compiled(rows, arch):
     dtypes = {(row["op"], row["dtype"]) for row in rows if row["arch"] == arch}
     assert dtypes == {
         (op, dtype)
-        for op in (
-            "shrink",
-            "forward",
-            "grad_b",
-            "grad_x",
-            "grad_a",
-            "embedding",
-            "sliced",
-            "merge",
-        )
+        for op in OPS
         for dtype in ("bf16", "fp16", "tf32", "ieee")
         if (op, dtype) != ("merge", "tf32")  # fp32 is always merged exactly
     }
@@ -146,8 +143,9 @@ def test_aligned_gemms_of_hopper_use_wgmma_and_tma(rows):
         row
         for row in rows
         if row["arch"] == 90
-        and row["op"] in ("forward", "grad_x", "sliced")
+        and row["op"] in ("forward", "sliced", "grad_x", "multi_forward", "multi_grad_x")
         and row["dtype"] != "ieee"
+        and row["M"] > 256
         and row["K"] % 8 == 0
     ]
     assert {row["kernel"] for row in wanted} == GEMMS
@@ -166,3 +164,9 @@ def test_no_wgmma_reads_a_changed_operand_from_registers(rows):
     # ptxas before 13.3 can miscompile that inside a pipelined loop (triton#9433).
     dropout = [row for row in rows if row["dropout"]]
     assert not without(dropout, lambda row: row["register_wgmma"] == 0, "register_wgmma")
+
+
+def test_no_wgmma_of_a_gemm_is_serialized(rows):
+    gemms = [row for row in rows if row["kernel"] in GEMMS and row["dtype"] in ("bf16", "fp16")]
+    assert gemms
+    assert not without(gemms, lambda row: not row["serialized"])

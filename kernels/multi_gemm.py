@@ -1,0 +1,262 @@
+"""``y = x W^T + bias + s B[id]^T`` with each row's own adapter, forward and, for dx, backward.
+
+The rank product of a tile of rows goes through the adapters that occur in it, one after the other: rows of
+the others load as zeros. A tile whose rows share an adapter thus costs what it costs with a single one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    add_bias,
+    add_rank_product,
+    device_properties,
+    dot,
+    dot_precision,
+    fits_tma,
+    has_pdl,
+    has_tma,
+    rank_of,
+    store_tile,
+    strides,
+    tile_of,
+    wait_for_previous_kernel,
+)
+from .config import (
+    LaunchConfig,
+    cdiv,
+    gemm_pointer_config,
+    multi_decode_config,
+    multi_gemm_tma_config,
+    rank_step,
+)
+from .dropout import load_keep
+from .launch import descriptor, launch
+
+
+@triton.jit
+def _add_slot_products(
+    acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
+    stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``acc[m] + s[m] B[ids[m]]^T`` for one output tile, over the ``width`` slots that it may hold."""
+    ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)  # [BLOCK_M]
+    slots = slots_ptr + tile_m.to(tl.int64) * width
+    j = 0
+    slot = tl.load(slots)
+    while slot >= 0:
+        acc = add_rank_product(
+            acc, s_ptr, b_ptr + slot.to(tl.int64) * stride_bl,
+            offs_m, (ids == slot)[:, None], offs_n, N, rank_of(ranks_ptr, slot, R),
+            rank_of(ranks_ptr, slot, R), stride_sp, stride_sm, stride_bn, stride_br,
+            DTYPE, PRECISION, PARTS, BLOCK_R,
+        )  # fmt: skip
+        j += 1
+        slot = tl.load(slots + j, mask=j < width, other=-1)
+    return acc
+
+
+@triton.jit
+def _lora_multi_gemm_tma_kernel(
+    x_desc, w_desc, y_desc, s_ptr, b_ptr, bias_ptr, mask_ptr, ids_ptr, slots_ptr, ranks_ptr,
+    M, N, K, R, width, stride_sm, stride_bl, stride_bn, stride_br,
+    W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """``y = keep * (s B[id]^T) + bias + x W^T`` by TMA. Grid: persistent, one program an SM.
+
+    The rank product comes last, so that the frozen one need not wait for the kernel that makes s. With
+    dropout (dx) it comes first, since the mask must not touch the frozen product. Without a mask in
+    between ptxas would wait for every wgmma of a loop that begins with its result. Not flattened, as
+    `_lora_grad_x_dropout_kernel`.
+    """
+    if HAS_DROPOUT:
+        wait_for_previous_kernel(PDL)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        offs_m = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+        offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if HAS_DROPOUT:
+            acc = _add_slot_products(
+                acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
+                0, stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, 1, BLOCK_R,
+            )  # fmt: skip
+            keep = load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N)
+            acc = tl.where(keep, acc, 0.0)
+        for k in range(0, tl.cdiv(K, BLOCK_K)):
+            x = x_desc.load([start_m, k * BLOCK_K])  # [BLOCK_M, BLOCK_K]
+            if W_IS_NK:  # noqa: SIM108 - the branches differ in type before the transpose
+                w = w_desc.load([start_n, k * BLOCK_K]).T  # [BLOCK_K, BLOCK_N]
+            else:
+                w = w_desc.load([k * BLOCK_K, start_n])  # [BLOCK_K, BLOCK_N]
+            acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if not HAS_DROPOUT:
+            wait_for_previous_kernel(PDL)
+            acc = _add_slot_products(
+                acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
+                0, stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, 1, BLOCK_R,
+            )  # fmt: skip
+        if HAS_BIAS:
+            acc = add_bias(acc, bias_ptr, offs_n, N)
+        store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
+
+
+@triton.jit
+def _lora_multi_gemm_pointer_kernel(
+    x_ptr, w_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, mask_ptr, ids_ptr, slots_ptr, ranks_ptr,
+    M, N, K, R, width, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
+    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """``y = keep * (s B[id]^T) + bias + x W^T`` for any strides. Grid: one program a tile of y.
+
+    The order is that of the TMA kernel. s may be in PARTS, which are summed in order as they are read:
+    for 64 rows that makes a wgmma with an operand from registers, in a loop that is not pipelined, as
+    the ptxas hazard (triton#9433) asks.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    start_n = tile_n * BLOCK_N
+    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if HAS_DROPOUT:
+        wait_for_previous_kernel(PDL)
+        acc = _add_slot_products(
+            acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
+            stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
+            y_ptr.dtype.element_ty, PRECISION, PARTS, BLOCK_R,
+        )  # fmt: skip
+        keep = load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N)
+        acc = tl.where(keep, acc, 0.0)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(
+            x_ptr + offs_m[:, None] * stride_xm + (k + offs_k)[None, :] * stride_xk,
+            mask=(offs_m[:, None] < M) & (k + offs_k[None, :] < K),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_K]
+        w = tl.load(
+            w_ptr + offs_n[None, :] * stride_wn + (k + offs_k)[:, None] * stride_wk,
+            mask=(offs_n[None, :] < N) & (k + offs_k[:, None] < K),
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_N]
+        acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if not HAS_DROPOUT:
+        wait_for_previous_kernel(PDL)
+        acc = _add_slot_products(
+            acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
+            stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
+            y_ptr.dtype.element_ty, PRECISION, PARTS, BLOCK_R,
+        )  # fmt: skip
+    if HAS_BIAS:
+        acc = add_bias(acc, bias_ptr, offs_n, N)
+    tl.store(
+        y_ptr + offs_m[:, None] * N + offs_n[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=(offs_m[:, None] < M) & (offs_n[None, :] < N),
+    )
+
+
+def multi_gemm_plan(
+    x: Tensor, weight: Tensor, masked_rank: int | None = None
+) -> tuple[str, LaunchConfig]:
+    """Which of the two kernels computes ``x weight^T``, and its tiles: the caller routes by BLOCK_M.
+
+    Args:
+        x (Tensor): ``[M, K]``.
+        weight (Tensor): ``[N, K]``, any strides.
+        masked_rank (int | None): R when dropout's mask is applied to the rank product. Default: ``None``.
+
+    Returns:
+        tuple: ``"decode"``, ``"tma"`` or ``"pointer"``, and the launch configuration.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    itemsize, precision = x.element_size(), dot_precision(x.dtype, K)
+    major, num_sms = device_properties(x.device)
+    if masked_rank is None and precision == "tf32":
+        decode = multi_decode_config(M, N, itemsize, num_sms)
+        if decode is not None:
+            return "decode", decode
+    dense = weight if weight.stride(1) == 1 else weight.t()
+    # The product's own rows, y, are as aligned as N is.
+    if has_tma(major) and precision == "tf32" and fits_tma(x, dense) and N * itemsize % 16 == 0:
+        return "tma", multi_gemm_tma_config(M, N, itemsize, num_sms, masked_rank)
+    return "pointer", gemm_pointer_config(itemsize, precision)
+
+
+def lora_multi_gemm(
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    ranks: Tensor | None,
+    routing: tuple[Tensor, Tensor],
+    plan: tuple[str, LaunchConfig],
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``y = x W^T + bias + mask * (s B[l]^T)`` in the dtype of x, contiguous; l is each row's adapter.
+
+    With ``x=dy, weight=W0.t(), s=ds, lora_B=A.transpose(1, 2)`` it is dx.
+
+    Args:
+        x (Tensor): ``[M, K]``, any strides.
+        weight (Tensor): ``[N, K]`` in the dtype of x, any strides.
+        s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink` gives it.
+        lora_B (Tensor): ``[L, N, R]``, any strides, cast to the dtype of x for the product.
+        ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
+        routing (tuple): ``ids [M]`` and the slots of tiles of the plan's BLOCK_M rows.
+        plan (tuple): of `multi_gemm_plan`.
+        bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
+        mask (Tensor | None): packed keep mask ``[M, ceil(N / 8)]``. Default: ``None``.
+
+    Returns:
+        Tensor: ``[M, N]``.
+    """
+    (M, K), (_, N, R) = x.shape, lora_B.shape
+    kind, c = plan
+    ids, slots = routing
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    _, num_sms = device_properties(x.device)
+    tiles, pdl = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N), kind != "pointer" and has_pdl(x.device)
+    options = {
+        "HAS_BIAS": bias is not None, "HAS_DROPOUT": mask is not None,
+        "PRECISION": dot_precision(x.dtype, K), "PDL": pdl, "launch_pdl": pdl,
+        "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M,
+        "BLOCK_R": min(rank_step(R, x.element_size()), 32),  # adapters of lower rank pad less
+        "num_warps": c.num_warps, "num_stages": c.num_stages,
+    }  # fmt: skip
+    if kind == "tma":
+        by_row = weight.stride(1) == 1
+        launch(
+            _lora_multi_gemm_tma_kernel, (min(num_sms, tiles),), x.device,
+            descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
+            descriptor(weight, [c.BLOCK_N, c.BLOCK_K]) if by_row
+            else descriptor(weight.t(), [c.BLOCK_K, c.BLOCK_N]),
+            descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
+            s, lora_B, bias, mask, ids, slots, ranks, M, N, K, R, slots.shape[1],
+            s.stride(1), *strides(lora_B),
+            W_IS_NK=by_row, SUBTILES=c.SUBTILES, **options,
+        )  # fmt: skip
+        return y
+    launch(
+        _lora_multi_gemm_pointer_kernel, (tiles,), x.device,
+        x, weight, y, s, lora_B, bias, mask, ids, slots, ranks, M, N, K, R, slots.shape[1],
+        *strides(x), *strides(weight), s.stride(0), s.stride(1), *strides(lora_B),
+        PARTS=s.shape[0], **options,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,139 @@
+"""``s = scaling * dropout(x) A[id]^T`` with each row's own adapter: one read of x."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    dot,
+    dot_precision,
+    empty_rows,
+    has_pdl,
+    let_next_kernel_start,
+    rank_of,
+    strides,
+)
+from .config import cdiv, dropout_threshold, keep_scale, multi_shrink_config
+from .dropout import keep_bits, unpack_bits
+from .launch import launch
+
+
+@triton.jit
+def _lora_multi_shrink_kernel(
+    x_ptr, a_ptr, s_ptr, mask_ptr, order_ptr, sorted_ids_ptr, starts_ptr, scaling_ptr, ranks_ptr,
+    seed_ptr, threshold, factor, M, K, R, split_k,
+    stride_xm, stride_xk, stride_al, stride_ar, stride_ak, stride_sp, stride_sm,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``s[p, m, r] = factor * scaling[l] * sum_k keep[m, k] x[m, k] A[l, r, k]`` over the p-th part of K.
+
+    Grid: ``(blocks of rows, blocks of ranks, parts of K)``. A program gathers at most BLOCK_M rows that
+    share adapter l; blocks that are not used, and ranks past the adapter's own, end at once.
+    """
+    let_next_kernel_start(PDL)
+    start = tl.load(starts_ptr + tl.program_id(0))
+    if start < M:
+        slot = tl.load(sorted_ids_ptr + start).to(tl.int64)
+        rank = rank_of(ranks_ptr, slot, R)
+        start_r = tl.program_id(1) * BLOCK_R
+        # With dropout the first block of ranks draws the mask, which rank 0 does not need.
+        if start_r < rank:
+            position = start + tl.arange(0, BLOCK_M)
+            here = position < M
+            here &= tl.load(sorted_ids_ptr + position, mask=here, other=-1) == slot
+            offs_m = tl.load(order_ptr + position, mask=here, other=0).to(tl.int64)
+            offs_r = start_r + tl.arange(0, BLOCK_R).to(tl.int64)
+            offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+            offs_g = tl.arange(0, BLOCK_K // 8)
+            row_bytes = (K + 7) // 8
+            if HAS_DROPOUT:
+                seed = tl.load(seed_ptr)
+            acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            first_k = tl.program_id(2) * split_k
+            for k in range(first_k, min(first_k + split_k, K), BLOCK_K):
+                x = tl.load(
+                    x_ptr + offs_m[:, None] * stride_xm + (k + offs_k)[None, :] * stride_xk,
+                    mask=here[:, None] & (k + offs_k[None, :] < K),
+                    other=0.0,
+                )  # [BLOCK_M, BLOCK_K]
+                a = tl.load(
+                    a_ptr + slot * stride_al
+                    + offs_r[None, :] * stride_ar + (k + offs_k)[:, None] * stride_ak,
+                    mask=(offs_r[None, :] < rank) & (k + offs_k[:, None] < K),
+                    other=0.0,
+                )  # [BLOCK_K, BLOCK_R]  # fmt: skip
+                if HAS_DROPOUT:
+                    groups = k // 8 + offs_g
+                    bits = keep_bits(seed, offs_m[:, None], groups[None, :], threshold)
+                    tl.store(
+                        mask_ptr + offs_m[:, None] * row_bytes + groups[None, :],
+                        bits.to(tl.uint8),
+                        mask=here[:, None] & (groups[None, :] < row_bytes) & (start_r == 0),
+                    )
+                    x = tl.where(unpack_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
+                acc = dot(x, a.to(x.dtype), acc, PRECISION)  # [BLOCK_M, BLOCK_R]
+            acc *= tl.load(scaling_ptr + slot) * factor
+            part = s_ptr + tl.program_id(2).to(tl.int64) * stride_sp
+            tl.store(
+                part + offs_m[:, None] * stride_sm + offs_r[None, :],
+                acc.to(s_ptr.dtype.element_ty),
+                mask=here[:, None] & (offs_r[None, :] < rank),
+            )
+
+
+def lora_multi_shrink(
+    x: Tensor,
+    lora_A: Tensor,
+    scaling: Tensor,
+    ranks: Tensor | None,
+    routing: tuple[Tensor, Tensor, Tensor],
+    block_m: int,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    factor: float = 1.0,
+    parts: int = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """``s = factor * scaling[l] * dropout(x) A[l]^T`` row by row, and the packed keep mask.
+
+    Args:
+        x (Tensor): ``[M, K]``, any strides.
+        lora_A (Tensor): ``[L, R, K]``, any strides, cast to the dtype of x for the product.
+        scaling (Tensor): fp32 ``[L]``.
+        ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
+        routing (tuple): ``order [M]``, ``sorted_ids [M]`` and the starts of blocks of ``block_m`` rows.
+        block_m (int): rows of a block.
+        dropout_p (float): probability of dropping an element of x. Default: 0.0.
+        seed (Tensor | None): 0-dim int64; needed when ``dropout_p > 0``.
+        factor (float): one more factor, applied in fp32. Default: 1.0.
+        parts (int): into how many sums over K to split s, for the consumer to add. Default: 1.
+
+    Returns:
+        tuple: s ``[parts, M, R]`` with rows padded to 16 bytes, in the dtype of x for one part and fp32 for
+        more; and the mask as `lora_shrink` gives it. Rows without an adapter, ranks past a row's own and
+        their mask bits are left unwritten: no consumer reads them.
+    """
+    (M, K), R = x.shape, lora_A.shape[1]
+    order, sorted_ids, starts = routing
+    has_dropout = dropout_threshold(dropout_p) > 0
+    precision = dot_precision(x.dtype)
+    config = multi_shrink_config(x.element_size(), R, precision, block_m)
+    block_r = config.BLOCK_N
+    split_k = cdiv(cdiv(K, parts), config.BLOCK_K) * config.BLOCK_K
+    s = empty_rows(parts * M, R, x.dtype if parts == 1 else torch.float32, x.device)
+    s = s.unflatten(0, (parts, M))
+    mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
+    pdl = has_pdl(x.device)
+    launch(
+        _lora_multi_shrink_kernel, (starts.shape[0], cdiv(R, block_r), parts), x.device,
+        x, lora_A, s, mask, order, sorted_ids, starts, scaling, ranks, seed,
+        dropout_threshold(dropout_p), keep_scale(dropout_p) * factor, M, K, R, split_k,
+        *strides(x), *strides(lora_A), s.stride(0), s.stride(1),
+        HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=pdl,
+        BLOCK_M=block_m, BLOCK_K=config.BLOCK_K, BLOCK_R=block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return s, mask
