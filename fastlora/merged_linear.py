@@ -165,6 +165,8 @@ class LoRAMergedLinear(LoRALayer):
         enable_lora: Which slices are adapted.
         widths: Outputs of each slice. None: all the same.
         bias: Whether there is a bias.
+        fan_in_fan_out: The weight is stored as ``(in_features, out_features)``, as GPT-2's is. The
+            kernels then read it by pointers, not by TMA.
         merge_weights: Merge in ``eval()`` and unmerge in ``train()``, as loralib's layers do.
         adapter_dtype: dtype of ``lora_A`` and ``lora_B``; None means that of the weight.
         base: A linear whose weight and bias are taken, as `LoRALinear` takes them; None makes a
@@ -202,6 +204,7 @@ class LoRAMergedLinear(LoRALayer):
         *,
         widths: Sequence[int] | None = None,
         bias: bool = True,
+        fan_in_fan_out: bool = False,
         merge_weights: bool = False,
         adapter_dtype: torch.dtype | None = None,
         base: nn.Linear | None = None,
@@ -224,6 +227,13 @@ class LoRAMergedLinear(LoRALayer):
             raise ValueError(
                 f"widths must add up to out_features={out_features}, got {sum(self.widths)}"
             )
+        if not isinstance(fan_in_fan_out, bool):
+            raise TypeError(f"fan_in_fan_out must be a bool, got {fan_in_fan_out!r}")
+        if fan_in_fan_out and base is not None:
+            raise ValueError(
+                "base must be None with fan_in_fan_out, for an nn.Linear stores its weight as "
+                "(out_features, in_features); load the weight instead"
+            )
         if base is None:
             base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         problem = base_problem(base)
@@ -235,12 +245,15 @@ class LoRAMergedLinear(LoRALayer):
                 f"got {base.in_features} -> {base.out_features}"
             )
         self.in_features, self.out_features = in_features, out_features
+        self.fan_in_fan_out = fan_in_fan_out
         self.r = r
         self.lora_alpha = lora_alpha if isinstance(lora_alpha, int) else float(lora_alpha)
         self.lora_dropout = float(lora_dropout)
         self.scaling = lora_scaling(r, self.lora_alpha, False)
 
         weight = cast(nn.Parameter, base.weight)
+        if fan_in_fan_out:
+            weight = nn.Parameter(weight.detach().t().contiguous())
         made = weight.dtype if adapter_dtype is None else adapter_dtype
         rows = sum(last - first for first, last in slices)
         lora_a = torch.empty((r * len(slices), in_features), dtype=made, device=weight.device)
@@ -265,10 +278,10 @@ class LoRAMergedLinear(LoRALayer):
         if self._frozen is not None:
             if self.training:
                 self._refuse_training_while_merged()
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self._rows(self.weight), self.bias)
         return lora_merged_linear(
             x,
-            self.weight,
+            self._rows(self.weight),
             self.lora_A,
             self.lora_B,
             widths=self.widths,
@@ -279,8 +292,11 @@ class LoRAMergedLinear(LoRALayer):
             training=self.training,
         )
 
+    def _rows(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
     def _products(self, weight: Tensor) -> list[Product]:
-        parts = torch.split(weight, list(self.widths))
+        parts = torch.split(self._rows(weight), list(self.widths))
         adapters_a = iter(torch.split(self.lora_A, self.r))
         on = [
             width for width, enabled in zip(self.widths, self.enable_lora, strict=True) if enabled

@@ -59,6 +59,21 @@ def merged(enable, bias=True):
     return make
 
 
+def stored_as_gpt2(enable):
+    """loralib's ``Linear`` is the ``MergedLinear`` of one slice: the same formula, keys and shapes."""
+
+    def make(dtype):
+        options = {"fan_in_fan_out": True, "dtype": dtype}
+        if len(enable) == 1:
+            theirs = loralib.Linear(24, 16, r=4, lora_alpha=8, **options)
+        else:
+            theirs = loralib.MergedLinear(24, 16, r=4, lora_alpha=8, enable_lora=enable, **options)
+        mine = LoRAMergedLinear(24, 16, 4, 8, enable_lora=enable, merge_weights=True, **options)
+        return theirs, mine, torch.randn(3, 5, 24, dtype=dtype)
+
+    return make
+
+
 def conv(cls, mine_cls, base_cls, k, shape, **options):
     def make(dtype):
         theirs = cls(4, 6, k, r=2, lora_alpha=3, **options).to(dtype)
@@ -77,6 +92,8 @@ L = [
     pytest.param(merged([True, False, True]), id="merged-q-v"),
     pytest.param(merged([True, True, True], bias=False), id="merged-all-nobias"),
     pytest.param(merged([False, True]), id="merged-second"),
+    pytest.param(stored_as_gpt2([True]), id="linear-fan-in-fan-out"),
+    pytest.param(stored_as_gpt2([True, False]), id="merged-fan-in-fan-out"),
     pytest.param(conv(loralib.Conv2d, LoRAConv2d, nn.Conv2d, 3, (2, 4, 8, 7)), id="conv2d"),
     pytest.param(
         conv(

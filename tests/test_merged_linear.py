@@ -253,6 +253,12 @@ BAD_LAYER = [
     ({"widths": [16.0] * 3}, TypeError, "widths must be a list of int"),
     ({"base": nn.Linear(16, 40)}, ValueError, "base must be 16 -> 48, got 16 -> 40"),
     ({"base": nn.Conv1d(1, 1, 1)}, TypeError, "base must be a torch.nn.Linear, got Conv1d"),
+    (
+        {"base": nn.Linear(16, 48), "fan_in_fan_out": True},
+        ValueError,
+        "base must be None with fan_in",
+    ),
+    ({"fan_in_fan_out": 1}, TypeError, "fan_in_fan_out must be a bool, got 1"),
     ({"r": 0}, ValueError, "r must be from 1 to 256, got 0"),
 ]
 
