@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,15 @@ def switch_adapter(
         )
         for name, layer in layers.items()
     ]
+    given = [tensor for a in new for tensor in a.tensors.values()]
+    held = {
+        getattr(layer, part).untyped_storage().data_ptr()
+        for layer in layers.values()
+        for part in PARTS
+    }
+    if any(t.untyped_storage().data_ptr() in held for t in given):
+        # The adapter is made of this model's own tensors, which change while they are copied.
+        new = [replace(a, tensors={p: t.clone() for p, t in a.tensors.items()}) for a in new]
     _apply(new, safe)
 
 
@@ -145,8 +154,9 @@ def _new_adapter(
     for part, (key, tensor) in found.items():
         parameter = getattr(layer, part)
         check_tensor(key, tensor, parameter, shapes[part])
-        # A copy in any case: `found` may be the very tensors of this model.
-        tensors[part] = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
+        # Where it becomes the Parameter, a copy; else it is copied into the one that is there.
+        own = tensor.shape != parameter.shape
+        tensors[part] = tensor.detach().to(parameter.device, parameter.dtype, copy=own)
     return _Adapter(layer, tensors, r, alpha, rslora, scaling)
 
 
@@ -154,19 +164,17 @@ def _new_adapter(
 @torch.no_grad()
 def _apply(new: Sequence[_Adapter], safe: bool) -> None:
     old = [
-        (
-            _Adapter(
-                a.layer,
-                {part: getattr(a.layer, part).detach().clone() for part in PARTS},
-                a.layer.r, a.layer.lora_alpha, a.layer.use_rslora, a.layer.scaling,
-            ),
+        _Adapter(
+            a.layer,
             {part: getattr(a.layer, part) for part in PARTS},
+            a.layer.r, a.layer.lora_alpha, a.layer.use_rslora, a.layer.scaling,
         )
         for a in new
     ]  # fmt: skip
+    parameters = [parameter for a in old for parameter in a.tensors.values()]
+    values = _copies(parameters)
     try:
-        for adapter in new:
-            _put(adapter)
+        _put(new)
         if safe:  # all, before the first weight changes
             for adapter in new:
                 adapter.layer._merged_values(safe)
@@ -174,22 +182,47 @@ def _apply(new: Sequence[_Adapter], safe: bool) -> None:
             if adapter.layer.merged:
                 adapter.layer.merge()
     except BaseException:
-        for adapter, parameters in old:
-            for part, parameter in parameters.items():
-                setattr(adapter.layer, part, parameter)
-            _put(adapter)
+        torch._foreach_copy_(parameters, values)
+        _put(old)
+        for adapter in old:
             if adapter.layer.merged:
                 adapter.layer.merge()
         raise
 
 
-def _put(adapter: _Adapter) -> None:
-    layer = adapter.layer
-    for part, tensor in adapter.tensors.items():
-        parameter = getattr(layer, part)
-        if parameter.shape == tensor.shape:
-            parameter.copy_(tensor)
-        else:
-            setattr(layer, part, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
-    layer.r, layer.lora_alpha = adapter.r, adapter.lora_alpha
-    layer.use_rslora, layer.scaling = adapter.use_rslora, adapter.scaling
+def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors in a few launches: a launch each would cost more than the copying."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        groups.setdefault((parameter.device, parameter.dtype), []).append(i)
+    copies = list(parameters)
+    for members in groups.values():
+        flat = torch.cat([parameters[i].detach().reshape(-1) for i in members])
+        parts = flat.split([parameters[i].numel() for i in members])  # type: ignore[no-untyped-call]
+        for i, part in zip(members, parts, strict=True):
+            copies[i] = part.view(parameters[i].shape)
+    return copies
+
+
+def _put(adapters: Sequence[_Adapter]) -> None:
+    """Give layers their adapters: values in place where the shape stays, else another Parameter."""
+    targets, values = [], []
+    for adapter in adapters:
+        layer = adapter.layer
+        for part, tensor in adapter.tensors.items():
+            parameter = getattr(layer, part)
+            if tensor is parameter:
+                continue
+            if isinstance(tensor, nn.Parameter):
+                setattr(layer, part, tensor)
+            elif parameter.shape == tensor.shape:
+                targets.append(parameter)
+                values.append(tensor)
+            else:
+                made = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                setattr(layer, part, made)
+        for name in ("r", "lora_alpha", "use_rslora", "scaling"):
+            if getattr(layer, name) != getattr(adapter, name):
+                setattr(layer, name, getattr(adapter, name))
+    if targets:
+        torch._foreach_copy_(targets, values)

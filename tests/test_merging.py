@@ -275,6 +275,8 @@ def test_to_another_device_while_merged(keep):
     frozen = bits(model[0].weight)
     fastlora.merge(model, keep=keep)
     model.cuda()
+    if keep == "host":
+        assert model[0]._frozen.values.is_pinned()
     x = torch.randn(3, 16, device="cuda")
     assert model(x).is_cuda
     model.cpu()

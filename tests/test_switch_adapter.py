@@ -138,6 +138,12 @@ def test_own_tensors_and_dtype_casts():
     before = snapshot(model)
     switch_adapter(model, {n: t for n, t in model.named_parameters() if "lora_" in n})
     assert same(snapshot(model), before)
+    own = dict(model.named_parameters())
+    swapped = {"up.lora_A": own["up.lora_A"], "down.lora_B": own["down.lora_B"]}
+    swapped |= {"up.lora_B": own["up.lora_B"].flip(0), "down.lora_A": own["up.lora_B"].t()}
+    expected = {n: t.detach().clone() for n, t in swapped.items()}
+    switch_adapter(model, swapped)
+    assert all(torch.equal(model.get_parameter(n), t) for n, t in expected.items())
     task = {n: t.double() for n, t in fresh(3).named_parameters() if "lora_" in n}
     switch_adapter(model, task)
     assert model.up.lora_A.dtype == torch.float32
