@@ -5,6 +5,7 @@ from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
 from fastlora.adapters import AdapterStack, Routing, route
 from fastlora.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from fastlora.dora import dora_linear
 from fastlora.embedding import explain_embedding, lora_embedding
 from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
@@ -31,6 +32,7 @@ __all__ = [
     "LoRAMergedLinear",
     "Routing",
     "__version__",
+    "dora_linear",
     "explain",
     "explain_embedding",
     "inject",

@@ -71,7 +71,8 @@ def dropout_keep_mask(
     return draws.reshape(M, 8 * groups.shape[-1])[:, :K] >= dropout_threshold(p)
 
 
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """A block without autocast, on a device that may not know it."""
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()  # e.g. meta tensors
     return torch.autocast(device_type=device_type, enabled=False)
@@ -117,7 +118,7 @@ def lora_linear(
     """
     N, K = weight.shape
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
         dropped = _drop(x_c, dropout_p if training else 0.0, seed)
         s = scaling * (dropped @ lora_A.to(compute).t())
@@ -163,7 +164,7 @@ def lora_linear_multi(
         Tensor: ``[M, N]`` in the dtype of ``x``.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         x_c = x.to(compute)
         dropped = _drop(x_c, dropout_p if training else 0.0, seed)
         # The empty slices put both stacks into the graph: zeros for adapters that do not occur.
@@ -180,6 +181,52 @@ def lora_linear_multi(
         if bias is not None:
             y = y + bias.to(compute)
     return y.to(x.dtype)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """``y = x W0^T + bias + (g - 1) * xd W0^T + g * scaling * xd A^T B^T``: `fastlora.dora_linear`.
+
+    ``xd = dropout(x)`` and ``g = magnitude / |W0 + scaling * B A|``, rows' norms without a gradient.
+
+    Args:
+        x (Tensor): ``(..., K)``.
+        weight (Tensor): ``[N, K]``.
+        lora_A (Tensor): ``[R, K]``.
+        lora_B (Tensor): ``[N, R]``.
+        magnitude (Tensor): ``[N]``.
+        bias (Tensor | None): ``[N]``. Default: ``None``.
+        scaling (float | Tensor): factor of the LoRA branch. Default: 1.0.
+        dropout_p (float): dropout on x. Default: 0.0.
+        training (bool): whether dropout is active. Default: ``True``.
+        seed (Tensor | int | None): seed of the mask; drawn from torch's generator when ``None``.
+
+    Returns:
+        Tensor: ``(..., N)`` in the dtype of ``x``.
+    """
+    N, K = weight.shape
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with no_autocast(x.device.type):
+        x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
+        dropped = _drop(x_c, dropout_p if training else 0.0, seed)
+        w, a, b = weight.to(compute), lora_A.to(compute), lora_B.to(compute)
+        g = magnitude.to(compute) / torch.linalg.norm(w + scaling * b @ a, dim=1).detach()
+        y: Tensor = x_c @ w.t() + (g - 1) * (dropped @ w.t())
+        y = y + g * (scaling * (dropped @ a.t()) @ b.t())
+        if bias is not None:
+            y = y + bias.to(compute)
+    return y.to(x.dtype).reshape(*x.shape[:-1], N)
 
 
 def lora_merged_linear(
@@ -215,7 +262,7 @@ def lora_merged_linear(
     """
     N, K = weight.shape
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
         dropped = _drop(x_c, dropout_p if training else 0.0, seed)
         s = scaling * (dropped @ lora_A.to(compute).t())
@@ -252,7 +299,7 @@ def lora_merge(
     """
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows = max(1, MERGE_BLOCK // max(1, weight.shape[1]))
-    with _no_autocast(weight.device.type):
+    with no_autocast(weight.device.type):
         a, b = lora_A.to(compute), lora_B.to(compute)
         for start in range(0, weight.shape[0], rows):
             block = slice(start, start + rows)
@@ -356,7 +403,7 @@ def lora_embedding(
         limit_norms(lora_A.t(), ids, max_norm, norm_type)
 
     options = {"scale_grad_by_freq": scale_grad_by_freq}
-    with _no_autocast(weight.device.type):
+    with no_autocast(weight.device.type):
         if sparse:
             columns = _SparseColumns.apply(  # type: ignore[no-untyped-call]
                 lora_A, ids, padding_idx
@@ -383,7 +430,7 @@ def lora_conv_weight(
         Tensor: shape and dtype of weight.
     """
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    with _no_autocast(weight.device.type):
+    with no_autocast(weight.device.type):
         product = lora_B.to(compute) @ lora_A.to(compute)
         updated = weight.to(compute) + scaling * product.view(weight.shape)
     return updated.to(weight.dtype)
