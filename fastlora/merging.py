@@ -52,7 +52,7 @@ class LoRALayer(nn.Module):
     lora_alpha: float
     use_rslora: bool = False
     scaling: float
-    merge_weights: bool
+    merge_weights: bool = False
     peft_names: ClassVar[Mapping[str, str]] = {}
     _frozen: Frozen | None = None
     _merge_again: bool | None = None  # while a state dict is loaded: whether on the host
