@@ -227,6 +227,7 @@ def call(case: Case) -> None:
     for module in modules.values():
         if hasattr(module, "device_properties"):
             module.device_properties = lambda device: (case.arch // 10, NUM_SMS[case.arch])
+    modules["launch"].clear_plans()
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     new = functools.partial(torch.empty, device="meta")
     dtype = DTYPES[case.dtype]
@@ -287,7 +288,7 @@ def multi_launches(
     gemm, config = modules["multi_gemm"], modules["config"]
 
     def product(x: Tensor, weight: Tensor, right: Tensor, **options: Any) -> None:
-        plan = gemm.multi_gemm_plan(x, weight, R if case.dropout else None)
+        plan = gemm.multi_gemm_tiles(x, weight, R if case.dropout else None)
         width = min(slots, plan[1].BLOCK_M)
         tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)
         parts = config.multi_shrink_parts(M, K, 132) if plan[0] == "decode" else 1

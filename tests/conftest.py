@@ -64,6 +64,14 @@ def oracle() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
+def fresh_plans() -> None:
+    """No plan of another test, which may have replaced what it was made from."""
+    launch = sys.modules.get("fastlora.kernels.launch")
+    if launch is not None:
+        launch.clear_plans()
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
 
