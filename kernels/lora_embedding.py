@@ -13,10 +13,11 @@ from .common import (
     dot_precision,
     empty_rows,
     load_scaling,
+    padded_columns,
     strides,
 )
 from .config import cdiv, embedding_config, rank_block
-from .launch import launch
+from .launch import Launch, cached_plan
 
 
 @triton.jit
@@ -61,6 +62,35 @@ def _lora_embedding_kernel(
         tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(dtype), mask=mask_mn)
 
 
+@cached_plan
+def _plan(
+    M: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    R: int,
+    strides_of: tuple[tuple[int, ...], ...],
+    device: torch.device,
+    scaling_is_tensor: bool,
+    has_s: bool,
+    precision: str,
+) -> Launch:
+    """The launch for M ids and a table of ``shape``; ``strides_of`` weight, lora_A and lora_B."""
+    V, N = shape
+    num_sms = device_properties(device)[1]
+    c = embedding_config(M, N, R, dtype.itemsize, num_sms, precision)
+    columns = cdiv(cdiv(N, c.row_splits), c.BLOCK_C) * c.BLOCK_C
+    shapes = (shape, (R, V), (N, R))
+    return Launch(
+        _lora_embedding_kernel, (cdiv(M, c.BLOCK_M), cdiv(N, columns)), device,
+        M, V, N, R, columns,
+        *(s for pair in zip(shapes, strides_of, strict=True) for s in strides(*pair)),
+        padded_columns(R, dtype.itemsize),
+        SCALING_IS_TENSOR=scaling_is_tensor, HAS_S=has_s, PRECISION=precision,
+        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_C, BLOCK_R=rank_block(R),
+        num_warps=c.num_warps, num_stages=c.num_stages, debug=True, sanitize_overflow=False,
+    )  # fmt: skip
+
+
 def lora_embedding(
     ids: Tensor,
     weight: Tensor,
@@ -86,19 +116,13 @@ def lora_embedding(
         tuple: y ``[M, N]``, contiguous, and s ``[M, R]``, its rows padded to 16 bytes, or ``None``;
         both in the dtype of weight.
     """
-    M, (V, N), R = ids.shape[0], weight.shape, lora_A.shape[0]
-    precision = dot_precision(weight.dtype, R)
-    num_sms = device_properties(weight.device)[1]
-    c = embedding_config(M, N, R, weight.element_size(), num_sms, precision)
-    columns = cdiv(cdiv(N, c.row_splits), c.BLOCK_C) * c.BLOCK_C
+    M, N, R = ids.shape[0], weight.shape[1], lora_A.shape[0]
+    strides_of = (weight.stride(), lora_A.stride(), lora_B.stride())
+    launch = _plan(
+        M, weight.shape, weight.dtype, R, strides_of, weight.device,
+        isinstance(scaling, Tensor), need_s, dot_precision(weight.dtype, R),
+    )  # fmt: skip
     y = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
     s = empty_rows(M, R, weight.dtype, weight.device) if need_s else None
-    launch(
-        _lora_embedding_kernel, (cdiv(M, c.BLOCK_M), cdiv(N, columns)), weight.device,
-        ids, weight, lora_A, lora_B, s, y, scaling, M, V, N, R, columns,
-        *strides(weight), *strides(lora_A), *strides(lora_B), 0 if s is None else s.stride(0),
-        SCALING_IS_TENSOR=isinstance(scaling, Tensor), HAS_S=need_s, PRECISION=precision,
-        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_C, BLOCK_R=rank_block(R),
-        num_warps=c.num_warps, num_stages=c.num_stages, debug=True, sanitize_overflow=False,
-    )  # fmt: skip
+    launch(ids, weight, lora_A, lora_B, s, y, scaling)
     return y, s

@@ -13,20 +13,21 @@ from torch import Tensor
 from .common import (
     add_bias,
     add_rank_product,
+    aligned,
     device_properties,
     dot,
     dot_precision,
-    fits_tma,
     for_tma,
     has_pdl,
     has_tma,
+    rows_fit_tma,
     store_tile,
     strides,
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
-from .launch import descriptor, launch
+from .config import LaunchConfig, cdiv, gemm_pointer_config, gemm_tma_config, rank_step
+from .launch import Launch, cached_plan, descriptor
 
 Slices = tuple[tuple[int, int], ...]
 """The ``(first, last)`` columns of y of each adapted slice, in order; ``last`` is not in it."""
@@ -144,6 +145,49 @@ def _slice_of_tiles(slices: Slices, N: int, block: int, device: torch.device) ->
     return torch.tensor(table, dtype=torch.int32).to(device)
 
 
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    w_shape: tuple[int, ...],
+    w_stride: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    b_stride: tuple[int, ...],
+    slices: Slices,
+    device: torch.device,
+    has_bias: bool,
+    is_aligned: bool,
+    precision: str,
+) -> tuple[LaunchConfig | None, Tensor, Launch]:
+    """The launch with its table, and for the TMA kernel the tiles that its descriptors need."""
+    (M, K), N, (b_rows, R), itemsize = shape, w_shape[0], b_shape, dtype.itemsize
+    major, num_sms = device_properties(device)
+    options = {"HAS_BIAS": has_bias, "PRECISION": precision}
+    dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma(w_shape, w_stride, itemsize)
+    if has_tma(major) and precision == "tf32" and is_aligned and dense and N * itemsize % 16 == 0:
+        c = gemm_tma_config(M, N, itemsize, num_sms)
+        table = _slice_of_tiles(slices, N, c.BLOCK_N, device)
+        if table is not None:
+            pdl = has_pdl(device)
+            tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
+            return c, table, Launch(
+                _lora_forward_sliced_tma_kernel, (min(num_sms, tiles),), device, M, N, K, R,
+                BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
+                SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
+                PDL=pdl, launch_pdl=pdl, **options,
+            )  # fmt: skip
+    c, block_r = gemm_pointer_config(itemsize, precision), rank_step(R, itemsize)
+    return None, _columns_of_slices(slices, device), Launch(
+        _lora_forward_sliced_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
+        M, N, K, R, len(slices), b_rows, *strides(shape, stride), *strides(w_shape, w_stride),
+        M * R, R, *strides(b_shape, b_stride),
+        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
+        R_STEPS=cdiv(R, block_r), BLOCK_R=block_r,
+        num_warps=c.num_warps, num_stages=c.num_stages, **options,
+    )  # fmt: skip
+
+
 def lora_forward_sliced(
     x: Tensor,
     weight: Tensor,
@@ -166,40 +210,22 @@ def lora_forward_sliced(
     Returns:
         Tensor: ``[M, N]``.
     """
-    (M, K), N, (G, _, R) = x.shape, weight.shape[0], s.shape
-    slices = tuple(slices)
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    precision = dot_precision(x.dtype, K)
-    major, num_sms = device_properties(x.device)
-    options = {"HAS_BIAS": bias is not None, "PRECISION": precision}
-    if has_tma(major) and precision == "tf32" and fits_tma(x, weight, y):
-        c = gemm_tma_config(M, N, x.element_size(), num_sms)
-        table = _slice_of_tiles(slices, N, c.BLOCK_N, x.device)
-        if table is not None:
-            pdl = has_pdl(x.device)
-            tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
-            launch(
-                _lora_forward_sliced_tma_kernel, (min(num_sms, tiles),), x.device,
-                descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
-                descriptor(weight, [c.BLOCK_N, c.BLOCK_K]),
-                descriptor(for_tma(s.view(G * M, R), x.dtype), [c.BLOCK_M, c.BLOCK_K]),
-                descriptor(for_tma(lora_B, x.dtype), [c.BLOCK_N, c.BLOCK_K]),
-                descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
-                bias, table, M, N, K, R,
-                BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-                SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
-                PDL=pdl, launch_pdl=pdl, **options,
-            )  # fmt: skip
-            return y
-    c, block_r = gemm_pointer_config(x.element_size(), precision), rank_step(R, x.element_size())
-    launch(
-        _lora_forward_sliced_pointer_kernel,
-        (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), x.device,
-        x, weight, y, s, lora_B, bias, _columns_of_slices(slices, x.device),
-        M, N, K, R, G, lora_B.shape[0],
-        *strides(x), *strides(weight), s.stride(0), s.stride(1), *strides(lora_B),
-        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-        R_STEPS=cdiv(R, block_r), BLOCK_R=block_r,
-        num_warps=c.num_warps, num_stages=c.num_stages, **options,
+    (M, K), N = x.shape, weight.shape[0]
+    c, table, launch = _plan(
+        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), lora_B.shape, lora_B.stride(),
+        tuple(slices), x.device, bias is not None, aligned(x, weight), dot_precision(x.dtype, K),
     )  # fmt: skip
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if c is None:
+        launch(x, weight, y, s, lora_B, bias, table)
+        return y
+    launch(
+        descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
+        descriptor(weight, [c.BLOCK_N, c.BLOCK_K]),
+        descriptor(for_tma(s.flatten(0, 1), x.dtype), [c.BLOCK_M, c.BLOCK_K]),
+        descriptor(for_tma(lora_B, x.dtype), [c.BLOCK_N, c.BLOCK_K]),
+        descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
+        bias,
+        table,
+    )
     return y

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import dot, strides
 from .config import cdiv, merge_config, rank_step
-from .launch import launch
+from .launch import Launch, cached_plan
 
 
 @triton.jit
@@ -54,6 +55,28 @@ def _lora_merge_kernel(
     )
 
 
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    strides_of: tuple[tuple[int, ...], ...],
+    R: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+) -> Launch:
+    """The launch for a weight of ``shape``; ``strides_of`` weight, out, lora_A and lora_B."""
+    N, K = shape
+    itemsize = max(dtype.itemsize for dtype in dtypes)
+    c, block_r = merge_config(itemsize), rank_step(R, itemsize)
+    shapes = (shape, shape, (R, K), (N, R))
+    return Launch(
+        _lora_merge_kernel, (cdiv(N, c.BLOCK_N) * cdiv(K, c.BLOCK_K),), device, N, K, R,
+        *(s for pair in zip(shapes, strides_of, strict=True) for s in strides(*pair)),
+        SAME_DTYPE=dtypes[0] == dtypes[1], BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K,
+        R_STEPS=cdiv(R, block_r), BLOCK_R=block_r,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
 def lora_merge(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, out: Tensor
 ) -> Tensor:
@@ -69,15 +92,8 @@ def lora_merge(
     Returns:
         Tensor: ``out``.
     """
-    (N, K), R = weight.shape, lora_A.shape[0]
-    itemsize = max(lora_A.element_size(), lora_B.element_size())
-    c, block_r = merge_config(itemsize), rank_step(R, itemsize)
-    launch(
-        _lora_merge_kernel, (cdiv(N, c.BLOCK_N) * cdiv(K, c.BLOCK_K),), weight.device,
-        weight, out, lora_A, lora_B, float(scaling), N, K, R,
-        *strides(weight), *strides(out), *strides(lora_A), *strides(lora_B),
-        SAME_DTYPE=lora_A.dtype == lora_B.dtype, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K,
-        R_STEPS=cdiv(R, block_r), BLOCK_R=block_r,
-        num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
+    strides_of = (weight.stride(), out.stride(), lora_A.stride(), lora_B.stride())
+    dtypes = (lora_A.dtype, lora_B.dtype)
+    launch = _plan(weight.shape, strides_of, lora_A.shape[0], dtypes, weight.device)
+    launch(weight, out, lora_A, lora_B, float(scaling))
     return out

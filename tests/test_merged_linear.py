@@ -108,8 +108,13 @@ def test_which_kernel_runs(device, monkeypatch):
     pytest.importorskip("triton")
     sliced = importlib.import_module("fastlora.kernels.lora_forward_sliced")
     used = []
-    launch = sliced.launch
-    monkeypatch.setattr(sliced, "launch", lambda k, *a, **o: (used.append(k), launch(k, *a, **o)))
+
+    class Spy(sliced.Launch):
+        def __call__(self, *args):
+            used.append(self._kernel)
+            super().__call__(*args)
+
+    monkeypatch.setattr(sliced, "Launch", Spy)
     tma, pointer = (
         getattr(sliced, f"_lora_forward_sliced_{kind}_kernel") for kind in ("tma", "pointer")
     )
