@@ -3,12 +3,14 @@
 from fastlora import reference
 from fastlora._version import __version__
 from fastlora.adapter_io import load_adapter, save_adapter
-from fastlora.adapters import AdapterStack, Routing, route
+from fastlora.adapters import AdapterStack, Routing, route, stack_adapters
+from fastlora.bank import AdapterBank
 from fastlora.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from fastlora.dora import dora_linear
 from fastlora.embedding import explain_embedding, lora_embedding
 from fastlora.functional import explain, lora_linear
 from fastlora.injection import InjectionReport, inject
+from fastlora.integrations.peft import AccelerationReport, accelerate, restore
 from fastlora.layers import LoRAEmbedding
 from fastlora.loralib import (
     load_lora_state_dict,
@@ -19,9 +21,12 @@ from fastlora.merged_linear import LoRAMergedLinear, lora_merged_linear
 from fastlora.merging import merge, merged, unmerge
 from fastlora.modules import LoRALinear
 from fastlora.multi import lora_linear_multi
+from fastlora.serving import serve, unserve
 from fastlora.switching import switch_adapter
 
 __all__ = [
+    "AccelerationReport",
+    "AdapterBank",
     "AdapterStack",
     "InjectionReport",
     "LoRAConv1d",
@@ -32,6 +37,7 @@ __all__ = [
     "LoRAMergedLinear",
     "Routing",
     "__version__",
+    "accelerate",
     "dora_linear",
     "explain",
     "explain_embedding",
@@ -47,8 +53,12 @@ __all__ = [
     "merge",
     "merged",
     "reference",
+    "restore",
     "route",
     "save_adapter",
+    "serve",
+    "stack_adapters",
     "switch_adapter",
     "unmerge",
+    "unserve",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastlora.functional import is_dtensor
 from fastlora.merging import LoRALayer
 from fastlora.modules import lora_scaling
 
@@ -25,6 +27,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = ("lora_A", "lora_B")
 _LISTED = 10
+_WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 # A true value in one of these changes what the adapter computes, or adds tensors beside A and B.
 _UNSUPPORTED = (
@@ -55,8 +58,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     files, can load it onto the same base model. Layers whose rank or scaling differ from the
     most common one are listed in ``rank_pattern`` and ``alpha_pattern``.
 
+    Where parameters are DTensors (FSDP2, tensor parallel) every rank must call: shards are gathered,
+    rank 0 writes, and all ranks return once the files are there. Otherwise the caller writes; under
+    DDP let one rank call.
+
     Args:
-        model: A model with at least one ``LoRALinear``; the names are taken relative to it.
+        model: A model with at least one ``LoRALinear``; the names are taken relative to it, or
+            to the module inside ``DistributedDataParallel``.
         folder: Where to write; made when it is not there. Files of the same name are replaced.
 
     Raises:
@@ -72,6 +80,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ...     save_adapter(model, folder)
         ...     load_adapter(model, folder)
     """
+    model = _unwrap(model)
     layers = _lora_layers(model)
     for name, layer in layers.items():
         for part in PARTS:
@@ -84,17 +93,22 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "attaches it to the first name only",
             stacklevel=2,
         )
-    tensors = {
-        # A clone each: safetensors refuses tensors that share memory.
-        key: parameter.detach().cpu().clone().contiguous()
-        for key, parameter in _peft_tensors(layers).items()
+    parameters: dict[str, Tensor] = {
+        key: parameter.detach() for key, parameter in _peft_tensors(layers).items()
     }
+    sharded = any(is_dtensor(parameter) for parameter in parameters.values())
+    if sharded:
+        from fastlora.distributed import full_value
+
+        parameters = {key: full_value(parameter) for key, parameter in parameters.items()}
     config = json.dumps(_config(model, layers), indent=2, sort_keys=True) + "\n"
 
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    _replace(target / WEIGHTS_NAME, lambda path: save_file(tensors, path, {"format": "pt"}))
-    _replace(target / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
+    try:
+        if not sharded or torch.distributed.get_rank() == 0:
+            _write(Path(folder), parameters, config)
+    finally:
+        if sharded:  # in a finally: an error on rank 0 must not leave the others waiting
+            torch.distributed.barrier()
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -102,7 +116,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Inject the model first, with the rank and alpha of the adapter. File and model must hold the
     same layers, shapes and scalings. Everything is checked before the first value is copied, so
-    that a failed call leaves the model as it was. Values are cast to the dtype of the layer.
+    that a failed call leaves the model as it was. Values are cast to the dtype of the layer. Where
+    parameters are DTensors every rank must call and be able to read the files; rank 0's values are used.
 
     Args:
         model: A model with LoRA linears, as ``inject`` makes it.
@@ -114,7 +129,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: A file cannot be read, the adapter uses a variant other than plain LoRA, or
             it does not fit the model; the message names the tensor or the setting.
     """
-    layers = _lora_layers(model)
+    layers = _lora_layers(_unwrap(model))
     config, tensors = read_adapter(folder)
     wanted = _peft_tensors(layers)
     check_keys(tensors, wanted, str(Path(folder) / WEIGHTS_NAME))
@@ -124,10 +139,25 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         _check_scaling(name, layer, config)
     with torch.no_grad():
         for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(_laid_out(tensors[key], parameter))
     for layer in layers.values():
         if layer.merged:
             layer.merge()
+
+
+def _write(folder: Path, parameters: Mapping[str, Tensor], config: str) -> None:
+    # A clone each: safetensors refuses tensors that share memory.
+    tensors = {key: value.cpu().clone().contiguous() for key, value in parameters.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, {"format": "pt"}))
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Take the module out of DistributedDataParallel, which puts a level into every name."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return cast(nn.Module, model.module)
+    return model
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -219,8 +249,8 @@ def _aliases(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
 
 
 def _clean(name: str) -> str:
-    """Drop the level that torch.compile puts into module names."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """Drop the levels that torch.compile and checkpoint_wrapper put into module names."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_LEVELS)
 
 
 def _config(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Any]:
@@ -307,13 +337,29 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG_NAME} in {path.parent}")
+    return parse_config(path.read_bytes(), str(path))
+
+
+def parse_config(data: bytes, path: str) -> dict[str, Any]:
+    """Return the configuration that ``adapter_config.json`` holds, if it says plain LoRA.
+
+    Args:
+        data: The bytes of the file.
+        path: Where they are from, for the message.
+
+    Returns:
+        dict: The settings.
+
+    Raises:
+        ValueError: It is no JSON object, or asks for something else than plain LoRA.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    check_config(config, str(path))
+    check_config(config, path)
     return config
 
 
@@ -339,6 +385,15 @@ def check_config(config: Mapping[str, Any], path: str) -> None:
         raise ValueError(
             f"{path}: init_lora_weights={init!r} changes the base weights and is not supported"
         )
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """Shard ``value`` where the parameter is a DTensor."""
+    if not is_dtensor(parameter):
+        return value
+    from fastlora.distributed import as_sharded
+
+    return as_sharded(value, parameter)
 
 
 def check_keys(found: Mapping[str, Tensor], wanted: Iterable[str], where: str) -> None:
@@ -435,11 +490,16 @@ def pattern_value(config: Mapping[str, Any], field: str, name: str, default: Any
         raise ValueError(f"{field} must be an object of patterns, got {patterns!r}")
     for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if _end_pattern(pattern).match(name):
                 return value
         except re.error as error:
             raise ValueError(f"{field} holds a bad pattern {pattern!r}: {error}") from error
     return default
+
+
+@functools.lru_cache(maxsize=8192)  # re's own cache is smaller than a large model's patterns
+def _end_pattern(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _listing(names: Sequence[str]) -> str:

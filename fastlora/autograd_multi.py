@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters import Routing
+from fastlora.autograd import waited_for
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import MULTI_BLOCK_M, keep_scale, multi_shrink_parts
 from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
@@ -72,6 +73,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
             )
         x, weight, lora_A, lora_B, s, mask, scaling, ranks = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        dy = waited_for(dy)
         if dy.stride(1) != 1:
             dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
         rows = (routing.order, routing.sorted_ids)

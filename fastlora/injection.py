@@ -97,13 +97,13 @@ def inject(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_lora_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
-    targets = _check_targets(target_modules)
+    targets = check_targets(target_modules)
 
     chosen: dict[str, nn.Linear] = {}
     skipped: list[tuple[str, str]] = []
     seen: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        hits = _matching_targets(targets, name)
+        hits = matching_targets(targets, name)
         if not hits:
             continue
         reason = _skip_reason(model, name, module)
@@ -153,7 +153,8 @@ def inject(
     )
 
 
-def _check_targets(target_modules: object) -> re.Pattern[str] | tuple[str, ...]:
+def check_targets(target_modules: object) -> re.Pattern[str] | tuple[str, ...]:
+    """Return ``target_modules`` as a pattern or names, after a check; raise as `inject` does."""
     if isinstance(target_modules, str):
         if not target_modules:
             raise ValueError("target_modules must not be empty, got ''")
@@ -178,7 +179,8 @@ def _check_targets(target_modules: object) -> re.Pattern[str] | tuple[str, ...]:
     return targets
 
 
-def _matching_targets(targets: re.Pattern[str] | tuple[str, ...], name: str) -> set[str]:
+def matching_targets(targets: re.Pattern[str] | tuple[str, ...], name: str) -> set[str]:
+    """Return those of the checked targets that name the module ``name``."""
     if not name:
         return set()
     if isinstance(targets, re.Pattern):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import cast
 
@@ -93,7 +94,6 @@ class LoRALinear(LoRALayer):
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
         self.init_lora_weights = init_lora_weights
-        self.scaling = lora_scaling(r, self.lora_alpha, use_rslora)
 
         weight = cast(nn.Parameter, base.weight)
         dtype = weight.dtype if adapter_dtype is None else adapter_dtype
@@ -103,11 +103,36 @@ class LoRALinear(LoRALayer):
         self.register_parameter("bias", base.bias)
         self.register_parameter("lora_A", nn.Parameter(lora_a))
         self.register_parameter("lora_B", nn.Parameter(lora_b))
+        self.scaling = lora_scaling(r, self.lora_alpha, use_rslora)
         self.reset_lora_parameters()
         self._init_merging(merge_weights, base.training)
         weight.requires_grad_(False)
         if base.bias is not None:
             base.bias.requires_grad_(False)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the LoRA branch; it may be set to any number at any time."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        # A tensor beside the number: torch.compile guards on the value of a number, and would compile
+        # again for each, but not on that of a tensor. It is no buffer: casts, state dicts and DDP's
+        # broadcasts leave it alone. On the CPU, for a weight on meta, it goes with any device.
+        weight = self.weight
+        self._scaling = float(value)
+        self._scaling_tensor = torch.full(
+            (),
+            self._scaling,
+            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            device="cpu" if weight.is_meta else weight.device,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        super()._apply(fn, recurse)
+        self.scaling = self._scaling  # its tensor follows the weight to another device
+        return self
 
     def reset_lora_parameters(self) -> None:
         """Draw ``lora_A`` anew and set ``lora_B`` to zero; the frozen linear stays as it is."""
@@ -129,7 +154,7 @@ class LoRALinear(LoRALayer):
             self.lora_A,
             self.lora_B,
             bias=self.bias,
-            scaling=self.scaling,
+            scaling=self._scaling_tensor if torch.compiler.is_compiling() else self._scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
         )
@@ -183,7 +208,8 @@ def layer_problem(
         # Quantised and sharded weights come as tensor subclasses, which raw access would misread.
         if type(parameter) is not nn.Parameter:
             return TypeError(
-                f"base.{name} must be a plain nn.Parameter, got {type(parameter).__name__}"
+                f"base.{name} must be a plain nn.Parameter, got {type(parameter).__name__}; "
+                "adapt a model before it is sharded or quantised"
             )
         if parameter.dtype not in FLOAT_DTYPES:
             return ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastlora.kernels.config import PHILOX_ROUNDS, dropout_threshold, keep_scale
 
 MERGE_BLOCK = 1 << 24  # elements that `lora_merge` holds in fp32 at a time
+_SEEDS = 2**63 - 1
 _MASK_32 = 0xFFFFFFFF
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -26,9 +27,10 @@ def draw_seed(device: torch.device) -> Tensor:
     """Draw a 0-dim int64 seed from torch's generator of ``device``, without a device sync.
 
     Drawing it inside forward is what lets activation checkpointing replay the mask, and a captured CUDA
-    graph draw a fresh one at every replay.
+    graph draw a fresh one at every replay. It is an op that torch.compile knows to be random: it is
+    neither merged with another draw nor recomputed.
     """
-    return torch.empty((), dtype=torch.int64, device=device).random_()
+    return torch.randint(_SEEDS, (), device=device)
 
 
 def _philox_4x32(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,9 +73,15 @@ def dropout_keep_mask(
     return draws.reshape(M, 8 * groups.shape[-1])[:, :K] >= dropout_threshold(p)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def autocast_available(device_type: str) -> bool:
+    """`torch.amp.is_autocast_available`, which torch.compile cannot trace before torch 2.9 or so."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """A block without autocast, on a device that may not know it."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not autocast_available(device_type):
         return contextlib.nullcontext()  # e.g. meta tensors
     return torch.autocast(device_type=device_type, enabled=False)
 

@@ -8,6 +8,8 @@ dtypes, and a call of it passes the tensors straight to the compiled kernel.
 from __future__ import annotations
 
 import functools
+import json
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MAX_PLANS = 4096  # of an op: training on many lengths makes one for each
 _plans: list[Any] = []
 _compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+_interpreter = threading.Lock()  # it keeps the program index, and patches triton.language, globally
 _MAX_COMPILED = 4096
 
 
@@ -45,6 +48,20 @@ def clear_plans() -> None:
     """Forget the plans, for when something that they were made from is replaced, as tests do."""
     for cached in _plans:
         cached.cache_clear()
+
+
+def _compile_and_run(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    """Triton's own launch; where it stumbles over its cache on disk, the error says what to do."""
+    try:
+        return kernel[grid](*args, **options)
+    except (OSError, json.JSONDecodeError) as error:
+        raise RuntimeError(
+            f"Triton failed to read or write a file while it compiled {kernel.__name__}, most likely in "
+            f"its cache, {knobs.cache.dir}: {error}. Empty that folder, or let TRITON_CACHE_DIR name "
+            "one that can be written"
+        ) from error
 
 
 def _specialised(size: int) -> tuple[bool, bool, bool, bool]:
@@ -83,8 +100,9 @@ class Launch:
     def __call__(self, *args: Any) -> None:
         """Launch on the current stream of the device: ``kernel[grid](*args, *sizes, **options)``."""
         device = self._device
-        if device.type != "cuda":  # the interpreter
-            self._kernel[self._grid](*args, *self._sizes, **self._options)
+        if device.type != "cuda":
+            with _interpreter:
+                _compile_and_run(self._kernel, self._grid, (*args, *self._sizes), self._options)
             return
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -133,7 +151,7 @@ class Launch:
             self._remember(signature, _compiled[everything], names, len(args))
             self(*args)
             return
-        made = self._kernel[self._grid](*args, *self._sizes, **self._options)
+        made = _compile_and_run(self._kernel, self._grid, (*args, *self._sizes), self._options)
         if names is not None:
             if len(_compiled) >= _MAX_COMPILED:
                 _compiled.clear()
