@@ -44,6 +44,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
+            "loralib>=0.1.2",
             "build>=1.2",
             "setuptools>=77.0.3",
             "wheel>=0.43",

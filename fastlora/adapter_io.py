@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastlora.functional import is_dtensor
-from fastlora.modules import LoRALinear, lora_scaling
+from fastlora.merging import LoRALayer
+from fastlora.modules import lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -92,10 +93,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "attaches it to the first name only",
             stacklevel=2,
         )
-    parameters = {
-        f"{PREFIX}{name}.{part}.weight": getattr(layer, part).detach()
-        for name, layer in layers.items()
-        for part in PARTS
+    parameters: dict[str, Tensor] = {
+        key: parameter.detach() for key, parameter in _peft_tensors(layers).items()
     }
     sharded = any(is_dtensor(parameter) for parameter in parameters.values())
     if sharded:
@@ -131,35 +130,19 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             it does not fit the model; the message names the tensor or the setting.
     """
     layers = _lora_layers(_unwrap(model))
-    config = _read_config(Path(folder) / CONFIG_NAME)
-    weights = Path(folder) / WEIGHTS_NAME
-    if not weights.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {folder}; only safetensors can be loaded")
-    try:
-        tensors = load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is no readable safetensors file: {error}") from error
-
-    wanted = {
-        f"{PREFIX}{name}.{part}.weight": getattr(layer, part)
-        for name, layer in layers.items()
-        for part in PARTS
-    }
-    missing = [key for key in wanted if key not in tensors]
-    if missing:
-        raise ValueError(f"{weights} lacks tensors that the model needs: {_listing(missing)}")
-    surplus = [key for key in tensors if key not in wanted]
-    if surplus:
-        raise ValueError(
-            f"{weights} holds tensors that no LoRALinear of the model takes: {_listing(surplus)}"
-        )
+    config, tensors = read_adapter(folder)
+    wanted = _peft_tensors(layers)
+    check_keys(tensors, wanted, str(Path(folder) / WEIGHTS_NAME))
     for key, parameter in wanted.items():
-        _check_tensor(key, tensors[key], parameter)
+        check_tensor(key, tensors[key], parameter, tuple(parameter.shape))
     for name, layer in layers.items():
         _check_scaling(name, layer, config)
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(_laid_out(tensors[key], parameter))
+    for layer in layers.values():
+        if layer.merged:
+            layer.merge()
 
 
 def _write(folder: Path, parameters: Mapping[str, Tensor], config: str) -> None:
@@ -177,24 +160,91 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return each LoRA linear once, by its first name as PEFT counts names."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {_clean(n): m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not layers:
-        raise ValueError("model has no LoRALinear; call fastlora.inject(model, ...) first")
-    if "" in layers:
-        raise ValueError("model is itself a LoRALinear; pass the module that holds it")
+def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the two files of an adapter in PEFT's format, and check that it is plain LoRA.
+
+    Args:
+        folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        tuple: The configuration, and the tensors on the CPU by their names in the file.
+
+    Raises:
+        FileNotFoundError: One of the two files is not there.
+        ValueError: A file cannot be read, or the adapter uses another variant.
+    """
+    config = _read_config(Path(folder) / CONFIG_NAME)
+    weights = Path(folder) / WEIGHTS_NAME
+    if not weights.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {folder}; only safetensors can be loaded")
+    try:
+        return config, load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is no readable safetensors file: {error}") from error
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return each LoRA layer once, by its first name as PEFT counts names; all must fit its format."""
+    layers = named_lora_layers(model)
+    for name, layer in layers.items():
+        if not layer.peft_names:
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}, which PEFT's files have no place for; "
+                "use fastlora.lora_state_dict and fastlora.load_lora_state_dict"
+            )
     return layers
 
 
-def _aliases(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
+def named_lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return each LoRA layer of ``model`` once, by its first name without torch.compile's level.
+
+    Args:
+        model: The model.
+
+    Returns:
+        dict: The layers by name.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: It has no LoRA layer, or is one itself.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = {_clean(n): m for n, m in model.named_modules() if isinstance(m, LoRALayer)}
+    if not layers:
+        raise ValueError("model has no LoRALinear; call fastlora.inject(model, ...) first")
+    if "" in layers:
+        raise ValueError(f"model is itself a {type(model).__name__}; pass the module that holds it")
+    return layers
+
+
+def peft_keys(name: str, layer: LoRALayer) -> dict[str, str]:
+    """Return the names that the parts of a layer's adapter have in PEFT's files.
+
+    Args:
+        name: The layer's name.
+        layer: The layer.
+
+    Returns:
+        dict: The key of each of ``lora_A`` and ``lora_B``.
+    """
+    return {part: f"{PREFIX}{name}.{layer.peft_names[part]}" for part in PARTS}
+
+
+def _peft_tensors(layers: Mapping[str, LoRALayer]) -> dict[str, nn.Parameter]:
+    return {
+        key: getattr(layer, part)
+        for name, layer in layers.items()
+        for part, key in peft_keys(name, layer).items()
+    }
+
+
+def _aliases(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
     every = model.named_modules(remove_duplicate=False)
     return [
         name
         for name, module in ((_clean(n), m) for n, m in every)
-        if isinstance(module, LoRALinear) and name not in layers
+        if isinstance(module, LoRALayer) and name not in layers
     ]
 
 
@@ -203,14 +253,21 @@ def _clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_LEVELS)
 
 
-def _config(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Any]:
+def _config(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Any]:
     # One flag for all: where layers differ, rsLoRA is written out as a plain alpha.
     rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
-    dropouts = {name: layer.lora_dropout for name, layer in layers.items()}
-    r, alpha, dropout = (_most_common(list(d.values())) for d in (ranks, alphas, dropouts))
-    if len(set(dropouts.values())) > 1:
+    # An embedding has no dropout, in PEFT either.
+    dropouts = [
+        float(cast(float, layer.lora_dropout))
+        for layer in layers.values()
+        if hasattr(layer, "lora_dropout")
+    ] or [0.0]
+    r, alpha, dropout = (
+        _most_common(list(values)) for values in (ranks.values(), alphas.values(), dropouts)
+    )
+    if len(set(dropouts)) > 1:
         warnings.warn(
             f"the layers differ in lora_dropout and the format holds one value: {dropout} is saved",
             stacklevel=3,
@@ -240,7 +297,7 @@ def _config(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Any
     }
 
 
-def _alpha(layer: LoRALinear, rslora: bool) -> float:
+def _alpha(layer: LoRALayer, rslora: bool) -> float:
     """Return the alpha that gives the layer's scaling, its own lora_alpha where that does."""
     scaling = float(layer.scaling)
     if math.isclose(scaling, lora_scaling(layer.r, layer.lora_alpha, rslora), rel_tol=1e-12):
@@ -339,16 +396,51 @@ def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     return as_sharded(value, parameter)
 
 
-def _check_tensor(key: str, tensor: Tensor, parameter: Tensor) -> None:
-    if tensor.shape != parameter.shape:
-        raise ValueError(f"{key} must be {tuple(parameter.shape)}, got {tuple(tensor.shape)}")
+def check_keys(found: Mapping[str, Tensor], wanted: Iterable[str], where: str) -> None:
+    """Raise unless ``found`` holds the tensors that the layers want and no other.
+
+    Args:
+        found: The tensors of an adapter.
+        wanted: The keys that the layers of a model want.
+        where: Where the adapter is from, for the message.
+
+    Raises:
+        ValueError: A key is missing, or one is too many.
+    """
+    wanted = list(wanted)
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        raise ValueError(f"{where} lacks tensors that the model needs: {_listing(missing)}")
+    surplus = sorted(set(found) - set(wanted))
+    if surplus:
+        raise ValueError(
+            f"{where} holds tensors that no LoRA layer of the model takes: {_listing(surplus)}"
+        )
+
+
+def check_tensor(key: str, tensor: Tensor, parameter: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` can be copied into ``parameter``, made ``shape`` if it is not.
+
+    Args:
+        key: The name of the tensor, for the message.
+        tensor: What is to be loaded.
+        parameter: Where to.
+        shape: The shape that the tensor must have.
+
+    Raises:
+        ValueError: The shape is another, the dtype is no float, or the parameter is on ``meta``.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{key} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key} must be {shape}, got {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         raise ValueError(f"{key} must have a floating point dtype, got {tensor.dtype}")
     if parameter.is_meta:
         raise ValueError(f"{key} cannot be loaded: the layer of the model is on the meta device")
 
 
-def _check_scaling(name: str, layer: LoRALinear, config: Mapping[str, Any]) -> None:
+def _check_scaling(name: str, layer: LoRALayer, config: Mapping[str, Any]) -> None:
     alpha, rslora = alpha_of(name, config)
     scaling = lora_scaling(layer.r, alpha, rslora)
     if not math.isclose(scaling, float(layer.scaling), rel_tol=1e-6):

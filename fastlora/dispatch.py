@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -222,6 +223,28 @@ def decide_for(
     dtypes = (dtype or x.dtype, dtype or weight.dtype, lora_A.dtype, lora_B.dtype)
     words = _this_machines_words(x.device, dtypes)
     return Decision("fused", f"{words}, rank {lora_A.shape[-2] if rank is None else rank}")
+
+
+def decide_embedding_for(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:
+    """The decision for an embedding with these tensors on this machine.
+
+    Args:
+        ids (Tensor): any shape.
+        weight (Tensor): ``[V, N]``.
+        lora_A (Tensor): ``[R, V]``.
+        lora_B (Tensor): ``[N, R]``.
+
+    Returns:
+        Decision: the path and its reason.
+    """
+    decision = decide_for(weight, weight, lora_A, lora_B)
+    if not decision.fused:  # of the table, which stands where a linear has x
+        return Decision("eager", re.sub(r"\bx\b", "weight", decision.reason))
+    if type(ids) is not Tensor:
+        return Decision("eager", "ids are of a subclass, which the kernels cannot look into")
+    if ids.numel() == 0:
+        return Decision("eager", "a dimension is empty: there are no ids")
+    return decision
 
 
 @contextlib.contextmanager

@@ -168,18 +168,7 @@ def _validate(
 ) -> float:
     """Raise for arguments that do not fit together; return ``dropout_p`` as a float."""
     check_tensors(x, weight, lora_A, lora_B, bias)
-    if isinstance(scaling, Tensor):
-        if scaling.dim() != 0 or not scaling.is_floating_point():
-            raise ValueError(
-                "scaling must be a float or a 0-dim float tensor, got "
-                f"{scaling.dtype} of shape {tuple(scaling.shape)}"
-            )
-        if scaling.requires_grad:
-            raise ValueError("scaling must not require grad: it gets no gradient")
-        if scaling.device not in (x.device, torch.device("cpu")):
-            raise ValueError(f"scaling must be on {x.device} or the CPU, got {scaling.device}")
-    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"scaling must be a float or a Tensor, got {type(scaling).__name__}")
+    check_scaling(scaling, x.device)
     return check_dropout(dropout_p)
 
 
@@ -230,6 +219,31 @@ def check_dropout(dropout_p: float) -> float:
     if not 0 <= dropout_p <= 1:  # NaN too
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     return float(dropout_p)
+
+
+def check_scaling(scaling: object, device: torch.device) -> None:
+    """Raise unless ``scaling`` is a number, or a 0-dim float tensor on ``device`` or the CPU.
+
+    Args:
+        scaling (object): what the caller gave.
+        device (torch.device): where the other tensors are.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the tensor is of another shape, dtype or device, or requires grad.
+    """
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0 or not scaling.is_floating_point():
+            raise ValueError(
+                "scaling must be a float or a 0-dim float tensor, got "
+                f"{scaling.dtype} of shape {tuple(scaling.shape)}"
+            )
+        if scaling.requires_grad:
+            raise ValueError("scaling must not require grad: it gets no gradient")
+        if scaling.device not in (device, torch.device("cpu")):
+            raise ValueError(f"scaling must be on {device} or the CPU, got {scaling.device}")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a float or a Tensor, got {type(scaling).__name__}")
 
 
 def is_dtensor(t: Tensor) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastlora.merging import LoRALayer
 from fastlora.modules import LoRALinear, base_problem, check_lora_options
 
 _LISTED = 20
@@ -228,7 +229,7 @@ def _freeze_all_but_lora(model: nn.Module) -> None:
     adapters = {
         id(p)
         for module in model.modules()
-        if isinstance(module, LoRALinear)
+        if isinstance(module, LoRALayer)
         for p in (module.lora_A, module.lora_B)
     }
     for parameter in model.parameters():

@@ -8,16 +8,18 @@ from numbers import Real
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.functional import lora_linear
+from fastlora.merging import LoRALayer, Product
 
 MAX_RANK = 256
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INITS = ("kaiming", "gaussian")
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(LoRALayer):
     """A frozen linear with a trainable low-rank update.
 
     ``y = x weight^T + bias + scaling * dropout(x) lora_A^T lora_B^T``
@@ -41,6 +43,7 @@ class LoRALinear(nn.Module):
         init_lora_weights: How ``lora_A`` starts: ``"kaiming"`` (uniform with a = sqrt(5), as in
             loralib and PEFT) or ``"gaussian"`` (standard deviation 1/r).
         adapter_dtype: dtype of ``lora_A`` and ``lora_B``; None means the dtype of ``base``.
+        merge_weights: Merge in ``eval()`` and unmerge in ``train()``, as loralib's layers do.
 
     Raises:
         TypeError: ``base`` is no plain ``nn.Linear`` or an argument has the wrong type.
@@ -62,8 +65,7 @@ class LoRALinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    peft_names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}  # noqa: RUF012 - constant
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class LoRALinear(nn.Module):
         init_lora_weights: str = "kaiming",
         *,
         adapter_dtype: torch.dtype | None = None,
+        merge_weights: bool = False,
     ) -> None:
         """Freeze ``base`` and make an adapter beside it."""
         super().__init__()
@@ -102,10 +105,10 @@ class LoRALinear(nn.Module):
         self.register_parameter("lora_B", nn.Parameter(lora_b))
         self.scaling = lora_scaling(r, self.lora_alpha, use_rslora)
         self.reset_lora_parameters()
+        self._init_merging(merge_weights, base.training)
         weight.requires_grad_(False)
         if base.bias is not None:
             base.bias.requires_grad_(False)
-        self.train(base.training)
 
     @property
     def scaling(self) -> float:
@@ -127,7 +130,7 @@ class LoRALinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.scaling = self._scaling  # its tensor follows the weight to another device
         return self
 
@@ -140,7 +143,11 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer; dropout acts in training mode only."""
+        """Compute the layer; dropout acts in training mode only. Merged, it is the plain linear."""
+        if self._frozen is not None:
+            if self.training:
+                self._refuse_training_while_merged()
+            return F.linear(x, self.weight, self.bias)
         return lora_linear(
             x,
             self.weight,
@@ -151,6 +158,9 @@ class LoRALinear(nn.Module):
             dropout_p=self.lora_dropout,
             training=self.training,
         )
+
+    def _products(self, weight: Tensor) -> list[Product]:
+        return [Product(weight, self.lora_A, self.lora_B)]
 
     def extra_repr(self) -> str:
         """Show the sizes and the LoRA settings in ``repr``."""
@@ -168,14 +178,30 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 def base_problem(base: object) -> TypeError | ValueError | None:
     """Return the error that says why ``base`` cannot be adapted, or None when it can."""
-    if not isinstance(base, nn.Linear):
-        return TypeError(f"base must be a torch.nn.Linear, got {type(base).__name__}")
-    if type(base).forward is not nn.Linear.forward or "forward" in vars(base):
+    problem = layer_problem(base, nn.Linear, ("weight", "bias"))
+    if problem is not None or not isinstance(base, nn.Linear):
+        return problem
+    expected = (base.out_features, base.in_features)
+    if tuple(base.weight.shape) != expected:
+        return ValueError(
+            f"base.weight must be (out_features, in_features)={expected}, "
+            f"got {tuple(base.weight.shape)}"
+        )
+    return None
+
+
+def layer_problem(
+    base: object, kind: type[nn.Module], parameters: tuple[str, ...]
+) -> TypeError | ValueError | None:
+    """Return the error that says why ``base`` is no plain ``kind`` of float weights, or None."""
+    if not isinstance(base, kind):
+        return TypeError(f"base must be a torch.nn.{kind.__name__}, got {type(base).__name__}")
+    if type(base).forward is not kind.forward or "forward" in vars(base):
         return TypeError(
-            "base must compute torch.nn.Linear's own forward, got a "
+            f"base must compute torch.nn.{kind.__name__}'s own forward, got a "
             f"{type(base).__name__} with another forward"
         )
-    for name in ("weight", "bias"):
+    for name in parameters:
         parameter = getattr(base, name)
         if name == "bias" and parameter is None:
             continue
@@ -189,12 +215,6 @@ def base_problem(base: object) -> TypeError | ValueError | None:
             return ValueError(
                 f"base.{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}"
             )
-    expected = (base.out_features, base.in_features)
-    if tuple(base.weight.shape) != expected:
-        return ValueError(
-            f"base.weight must be (out_features, in_features)={expected}, "
-            f"got {tuple(base.weight.shape)}"
-        )
     return None
 
 
