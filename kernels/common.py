@@ -51,6 +51,28 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 
 @triton.jit
+def add_frozen_product(
+    acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``acc + x W^T`` for one output tile by pointers: x ``[M, K]`` and W ``[N, K]`` of any strides."""
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(
+            x_ptr + offs_m[:, None] * stride_xm + (k + offs_k)[None, :] * stride_xk,
+            mask=(offs_m[:, None] < M) & (k + offs_k[None, :] < K),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_K]
+        w = tl.load(
+            w_ptr + offs_n[None, :] * stride_wn + (k + offs_k)[:, None] * stride_wk,
+            mask=(offs_n[None, :] < N) & (k + offs_k[:, None] < K),
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_N]
+        acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    return acc
+
+
+@triton.jit
 def rank_of(ranks_ptr, slot, R):
     """The rank of the adapter in a slot: R for all where there is no table of ranks."""
     if ranks_ptr is None:

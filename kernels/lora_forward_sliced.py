@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .common import (
     add_bias,
+    add_frozen_product,
     add_rank_product,
     aligned,
     device_properties,
@@ -89,20 +90,11 @@ def _lora_forward_sliced_pointer_kernel(
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        x = tl.load(
-            x_ptr + offs_m[:, None] * stride_xm + (k + offs_k)[None, :] * stride_xk,
-            mask=(offs_m[:, None] < M) & (k + offs_k[None, :] < K),
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_K]
-        w = tl.load(
-            w_ptr + offs_n[None, :] * stride_wn + (k + offs_k)[:, None] * stride_wk,
-            mask=(offs_n[None, :] < N) & (k + offs_k[:, None] < K),
-            other=0.0,
-        )  # [BLOCK_K, BLOCK_N]
-        acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    acc = add_frozen_product(
+        acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+        PRECISION, BLOCK_K,
+    )  # fmt: skip
     b_row = tl.cast(0, tl.int64)
     for g in range(0, slices):
         first, last = tl.load(table_ptr + 2 * g), tl.load(table_ptr + 2 * g + 1)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    add_frozen_product,
     add_rank_product,
     aligned,
     device_properties,
@@ -123,23 +124,14 @@ def _lora_grad_x_pointer_kernel(
     start_k = tile_n * BLOCK_N
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_N)
-    offs_n = tl.arange(0, BLOCK_K).to(tl.int64)
     acc = _rank_product(
         ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_dsm, stride_ar, stride_ak,
         dx_ptr.dtype.element_ty, HAS_DROPOUT, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    for n in range(0, N, BLOCK_K):
-        dy = tl.load(
-            dy_ptr + offs_m[:, None] * stride_dym + (n + offs_n)[None, :] * stride_dyn,
-            mask=(offs_m[:, None] < M) & (n + offs_n[None, :] < N),
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_K]
-        w = tl.load(
-            w_ptr + (n + offs_n)[:, None] * stride_wn + offs_k[None, :] * stride_wk,
-            mask=(n + offs_n[:, None] < N) & (offs_k[None, :] < K),
-            other=0.0,
-        )  # [BLOCK_K, BLOCK_N]
-        acc = dot(dy, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    acc = add_frozen_product(
+        acc, dy_ptr, w_ptr, offs_m, offs_k, M, K, N, stride_dym, stride_dyn, stride_wk, stride_wn,
+        PRECISION, BLOCK_K,
+    )  # fmt: skip
     tl.store(
         dx_ptr + offs_m[:, None] * K + offs_k[None, :],
         acc.to(dx_ptr.dtype.element_ty),

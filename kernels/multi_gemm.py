@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .common import (
     add_bias,
+    add_frozen_product,
     add_rank_product,
     aligned,
     device_properties,
@@ -133,7 +134,6 @@ def _lora_multi_gemm_pointer_kernel(
     start_n = tile_n * BLOCK_N
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if HAS_DROPOUT:
         wait_for_previous_kernel(PDL)
@@ -144,18 +144,10 @@ def _lora_multi_gemm_pointer_kernel(
         )  # fmt: skip
         keep = load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N)
         acc = tl.where(keep, acc, 0.0)
-    for k in range(0, K, BLOCK_K):
-        x = tl.load(
-            x_ptr + offs_m[:, None] * stride_xm + (k + offs_k)[None, :] * stride_xk,
-            mask=(offs_m[:, None] < M) & (k + offs_k[None, :] < K),
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_K]
-        w = tl.load(
-            w_ptr + offs_n[None, :] * stride_wn + (k + offs_k)[:, None] * stride_wk,
-            mask=(offs_n[None, :] < N) & (k + offs_k[:, None] < K),
-            other=0.0,
-        )  # [BLOCK_K, BLOCK_N]
-        acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    acc = add_frozen_product(
+        acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+        PRECISION, BLOCK_K,
+    )  # fmt: skip
     if not HAS_DROPOUT:
         wait_for_previous_kernel(PDL)
         acc = _add_slot_products(

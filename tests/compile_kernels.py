@@ -157,7 +157,7 @@ def cases() -> list[Case]:
             Case("multi_grad", arch, R=64, fp32_adapters=True),
             Case("multi_grad", arch, "fp16", R=64, dropout=True),
             Case("multi_grad", arch, "tf32", R=64),
-            Case("multi_grad", arch, "ieee", dropout=True),
+            Case("multi_grad", arch, "ieee", R=64, dropout=True),
             Case("multi_grad", arch, R=8, **odd),
             Case("multi_forward", arch, bias=True),
             Case("multi_forward", arch, R=64, fp32_adapters=True),
