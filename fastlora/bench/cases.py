@@ -132,7 +132,7 @@ class ServeCase:
             "random": f"{self.live} adapters{slots} at random",
             "mixed": f"{self.live} adapters{slots}",
         }[self.layout]
-        how = ", trained" if self.train else (", cold" if self.cold else ", warm")
+        how = f", p={self.p:g}" if self.train else (", cold" if self.cold else ", warm")
         return f"{self.M} rows, {users}, r={self.R}, {self.K} -> {self.N}{how}"
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,18 +19,17 @@ from fastlora.bench.results import OK, Result, Results
 from fastlora.bench.workloads import COPY, FORWARD, GENERATE, MODE_LABELS, STEP
 
 STYLE = {
-    "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.85", "legend.frameon": False,
-    "hatch.linewidth": 0.8,
 }  # fmt: skip
 
-# Grey level, hatch, marker and dashes differ, so that nothing depends on colour.
+# Marker and dashes differ as well as the grey, so that nothing depends on colour.
 _LOOKS = (
-    ("0.05", "", "o", "-"), ("0.95", "", "s", "--"), ("0.8", "///", "^", "-."), ("0.6", "", "D", ":"),
-    ("0.95", "...", "v", "--"), ("0.4", "\\\\\\", "P", "-."), ("0.8", "xxx", "X", ":"),
-    ("0.7", "--", "*", "-"), ("0.9", "++", "h", "--"),
+    ("0.05", "o", "-"), ("1.0", "s", "--"), ("0.75", "^", "-."), ("1.0", "D", ":"), ("0.5", "v", "--"),
+    ("0.5", "P", "-."), ("1.0", "X", ":"), ("0.75", "p", "-"), ("0.75", "h", "--"),
 )  # fmt: skip
 
+WIDTH = 5.2  # inches: at a phone's width the text is still of a readable size
 Figure = Any
 
 
@@ -57,60 +57,91 @@ def _size(results: Results, case: str, name: str) -> Any:
     return results.cases[case]["sizes"].get(name)
 
 
-def ratio_bars(results: Results, suite: str, mode: str, schedule: str) -> Figure | None:
-    """Time over the floor for the cases of the table, by shape."""
+def ratio_dots(results: Results, suite: str, mode: str, schedule: str) -> Figure | None:
+    """Time over the floor for the cases of the table: a row for each, a mark for each provider."""
     wanted = ("table", "cold", "layer", "finetune", "generate", "mixed-training")
     found = {
         case: rows
         for case, rows in _good(results, suite, mode, schedule).items()
         if _tag(results, case) in wanted
     }
-    if not found:
-        return None
-    labels = {
-        name: r.label
+    values = {
+        case: {
+            name: results.ratio(r) or 0.0 for name, r in rows.items() if name not in (FLOOR, COPY)
+        }
+        for case, rows in found.items()
+    }
+    how = "in a CUDA graph" if schedule == GRAPH else "eager, with host time"
+    label = f"time over the frozen layer alone\n({MODE_LABELS[mode]}, {how})"
+    return _dots(results, values, _labels(found), label, floor=1.0)
+
+
+def _labels(found: dict[str, dict[str, Result]]) -> dict[str, str]:
+    """Provider to label, without what is no provider."""
+    return {
+        name: result.label
         for rows in found.values()
-        for name, r in rows.items()
+        for name, result in rows.items()
         if name not in (FLOOR, COPY)
     }
-    names, width = _ordered(labels), 0.8 / len(labels)
-    # Groups go downwards, so that a phone scrolls through them and labels need no turning.
-    height = 1.6 + len(found) * (0.21 * len(labels) + 0.32)
-    figure, axis = plt.subplots(figsize=(7.2, height), constrained_layout=True)
-    shown = [results.ratio(r) or 0.0 for rows in found.values() for r in rows.values()]
-    limit = min(max(shown) * 1.12, 6.0)
-    for i, name in enumerate(names):
-        grey, hatch, _, _ = _LOOKS[i % len(_LOOKS)]
-        places, lengths = [], []
-        for j, rows in enumerate(found.values()):
-            ratio = results.ratio(rows[name]) if name in rows else None
-            if ratio is not None:
-                places.append(j + (i - len(names) / 2 + 0.5) * width)
-                lengths.append(ratio)
-        bars = [min(length, limit) for length in lengths]
-        axis.barh(
-            places, bars, width, label=labels[name], color=grey, hatch=hatch, edgecolor="black",
-            linewidth=0.8,
-        )  # fmt: skip
-        for place, length, bar in zip(places, lengths, bars, strict=True):
-            words = f"{length:.2f}" + (" →" if length > limit else "")
-            axis.text(bar + limit * 0.008, place, words, va="center", fontsize=8)
-    axis.axvline(1.0, color="black", linewidth=1.2)
-    axis.set_yticks(range(len(found)), [_short_title(results, case) for case in found])
-    axis.tick_params(axis="y", labelsize=9)
-    axis.set_ylim(len(found) - 0.5, -0.5)
-    axis.set_xlim(0, limit * 1.1)
+
+
+def _dots(
+    results: Results,
+    values: dict[str, dict[str, float]],
+    labels: dict[str, str],
+    label: str,
+    floor: float | None = None,
+) -> Figure | None:
+    """A row for each case, a mark for each provider, the number beside fastlora's."""
+    if not values or not labels:
+        return None
+    names = _ordered(labels)
+    height = 1.2 + 0.2 * len(names) + 0.5 * len(values)
+    figure, axis = plt.subplots(figsize=(WIDTH, height), constrained_layout=True)
+    largest = max(value for row in values.values() for value in row.values())
+    smallest = min(value for row in values.values() for value in row.values())
+    logarithmic = largest > 6 * (floor or smallest)
+    if logarithmic:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.set_xlim(min(smallest, floor or smallest) / 1.5, largest * 1.25)
+    else:
+        reach = largest - (floor or 0.0)
+        axis.set_xlim(min(floor or 0.0, smallest) - 0.08 * reach, largest + 0.08 * reach)
+    for i, name in reversed(list(enumerate(names))):
+        grey, marker, _ = _LOOKS[i % len(_LOOKS)]
+        places = [(row[name], j) for j, row in enumerate(values.values()) if name in row]
+        if places:
+            x, y = zip(*places, strict=True)
+            axis.plot(
+                x, y, marker, color="black", markerfacecolor=grey, markersize=8 if i else 9,
+                linestyle="none", label=labels[name], zorder=3 + len(names) - i,
+            )  # fmt: skip
+    for j, row in enumerate(values.values()):
+        axis.plot((min(row.values()), max(row.values())), (j, j), color="0.75", zorder=1)
+        if names[0] in row:
+            value = row[names[0]]
+            words = f"{value:.2f}" if value < 100 else f"{value:.0f}"
+            axis.annotate(
+                words, (value, j), (0, 8), textcoords="offset points", ha="center", fontsize=9
+            )
+    if floor is not None:
+        axis.axvline(floor, color="black", linewidth=1.2)
+    axis.set_yticks(range(len(values)), [_short_title(results, case) for case in values])
+    axis.tick_params(axis="y", labelsize=8.5, length=0)
+    axis.set_ylim(len(values) - 0.4, -0.8)
     axis.grid(axis="x")
     axis.grid(visible=False, axis="y")
-    how = "in a CUDA graph" if schedule == GRAPH else "eager, host time included"
-    axis.set_xlabel(f"{MODE_LABELS[mode]}, {how}: time over the frozen layer alone")
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9)
+    axis.set_xlabel(label)
+    handles, words = axis.get_legend_handles_labels()
+    figure.legend(handles[::-1], words[::-1], loc="outside upper left", fontsize=9)
     return figure
 
 
 def _short_title(results: Results, case: str) -> str:
     title = str(results.cases.get(case, {}).get("title", case))
-    return "\n".join(_wrap(title, 26))
+    return "\n".join(_wrap(title, 27))
 
 
 def _wrap(text: str, width: int) -> list[str]:
@@ -145,10 +176,10 @@ def _lines(
             points.setdefault(name, []).append(point)
     if not points or max(len(p) for p in points.values()) < 2:
         return None
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.4 + 0.2 * len(points)), constrained_layout=True)
     for i, name in enumerate(_ordered(labels)):
         x, middle, low, high = zip(*sorted(points[name]), strict=True)
-        _, _, marker, dashes = _LOOKS[i % len(_LOOKS)]
+        _, marker, dashes = _LOOKS[i % len(_LOOKS)]
         grey = ("0.0", "0.35", "0.55")[i % 3]
         axis.plot(
             x, middle, dashes, marker=marker, color=grey, markerfacecolor="white" if i else grey,
@@ -157,8 +188,9 @@ def _lines(
         axis.fill_between(x, low, high, color=grey, alpha=0.15, linewidth=0)
     axis.axhline(1.0, color="black", linewidth=1.2)
     axis.set_xscale("log", base=2)
-    ticks = sorted({point[0] for line in points.values() for point in line})
+    ticks = _apart(sorted({point[0] for line in points.values() for point in line}))
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     highest = max(point[1] for line in points.values() for point in line)
     if highest > 8:
         axis.set_yscale("log", base=2)
@@ -168,8 +200,18 @@ def _lines(
     axis.set_xlabel(x_label)
     how = "in a CUDA graph" if schedule == GRAPH else "eager"
     axis.set_ylabel(f"time over the frozen layer alone\n({MODE_LABELS[mode]}, {how})")
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9)
+    figure.legend(loc="outside upper left", fontsize=9)
     return figure
+
+
+def _apart(ticks: list[float]) -> list[float]:
+    """Those whose labels do not touch on a logarithmic axis."""
+    least = math.log(ticks[-1] / ticks[0]) / 9
+    kept = ticks[:1]
+    for tick in ticks[1:]:
+        if math.log(tick / kept[-1]) > least:
+            kept.append(tick)
+    return kept
 
 
 def by_rank(results: Results) -> Figure | None:
@@ -201,7 +243,7 @@ def by_adapters(results: Results) -> Figure | None:
         for case, rows in _good(results, "serve", FORWARD, GRAPH).items()
         if pattern.match(case)
     }
-    label = "adapters in a batch of 64 rows (4096 to 4096, r = 16, cold)"
+    label = "adapters in a batch of 64 rows, cold"
     return _lines(results, found, lambda c: float(_size(results, c, "live")), label, FORWARD, GRAPH)
 
 
@@ -225,7 +267,7 @@ def roofline(results: Results) -> Figure | None:
                     points.setdefault(name, []).append((flops / moved, rate))
     if "fastlora" not in points:
         return None
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.4 + 0.2 * len(points)), constrained_layout=True)
     low = min(x for line in points.values() for x, _ in line) / 2
     high = max(x for line in points.values() for x, _ in line) * 2
     ridge = peak / bandwidth
@@ -250,48 +292,29 @@ def roofline(results: Results) -> Figure | None:
     return figure
 
 
-def memory_bars(results: Results, suite: str) -> Figure | None:
+def memory_dots(results: Results, suite: str) -> Figure | None:
     """Peak memory of a step, beyond weights and inputs."""
-    mode = GENERATE if suite == "generate" else STEP
-    found = _good(results, "model" if suite == "generate" else suite, mode, EAGER)
-    cases = [c for c in found if _tag(results, c) in ("table", "layer", "finetune", "generate")]
+    mode = STEP
+    found = _good(results, suite, mode, EAGER)
+    cases = [c for c in found if _tag(results, c) in ("table", "layer", "finetune")]
     if suite == "train":
         cases = [c for c in cases if "/p0.1/" in c] or cases
     rows = {c: {n: r for n, r in found[c].items() if r.peak_bytes and n != COPY} for c in cases}
     rows = {c: r for c, r in rows.items() if len(r) > 1}
     if not rows:
         return None
-    labels = {n: r.label for group in rows.values() for n, r in group.items()}
-    names, width = _ordered(labels), 0.8 / len(labels)
-    height = 1.4 + len(rows) * (0.21 * len(labels) + 0.32)
-    figure, axis = plt.subplots(figsize=(7.2, height), constrained_layout=True)
-    largest = max((r.peak_bytes or 0) / 2**20 for group in rows.values() for r in group.values())
-    for i, name in enumerate(names):
-        grey, hatch, _, _ = _LOOKS[i % len(_LOOKS)]
-        present = [(j, group[name]) for j, group in enumerate(rows.values()) if name in group]
-        places = [j + (i - len(names) / 2 + 0.5) * width for j, _ in present]
-        mib = [(r.peak_bytes or 0) / 2**20 for _, r in present]
-        axis.barh(
-            places, mib, width, label=labels[name], color=grey, hatch=hatch, edgecolor="black",
-            linewidth=0.8,
-        )  # fmt: skip
-        for place, value in zip(places, mib, strict=True):
-            axis.text(value + largest * 0.008, place, f"{value:.0f}", va="center", fontsize=8)
-    axis.set_yticks(range(len(rows)), [_short_title(results, case) for case in rows])
-    axis.tick_params(axis="y", labelsize=9)
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlim(0, largest * 1.1)
-    axis.grid(axis="x")
-    axis.grid(visible=False, axis="y")
-    axis.set_xlabel(f"peak MiB of {MODE_LABELS[mode]}, beyond weights and inputs")
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9)
-    return figure
+    values = {
+        case: {n: (r.peak_bytes or 0) / 2**20 for n, r in group.items() if n != FLOOR}
+        for case, group in rows.items()
+    }
+    label = f"peak MiB of {MODE_LABELS[mode]},\nbeyond weights and inputs"
+    return _dots(results, values, _labels(found), label)
 
 
 def png(figure: Figure) -> bytes:
     """The figure as a file's content."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)
     return buffer.getvalue()
 
@@ -307,23 +330,23 @@ def make_plots(results: Results) -> dict[str, tuple[str, bytes]]:
     """
     wanted: list[tuple[str, str, Callable[[], Figure | None]]] = [
         ("train_eager", "One LoRA linear in training, as an eager program sees it.",
-         lambda: ratio_bars(results, "train", STEP, EAGER)),
+         lambda: ratio_dots(results, "train", STEP, EAGER)),
         ("train_graph", "The same in a CUDA graph: GPU time alone.",
-         lambda: ratio_bars(results, "train", STEP, GRAPH)),
+         lambda: ratio_dots(results, "train", STEP, GRAPH)),
         ("serve_graph", "Many adapters in one batch.",
-         lambda: ratio_bars(results, "serve", FORWARD, GRAPH)),
+         lambda: ratio_dots(results, "serve", FORWARD, GRAPH)),
         ("mixed_training_graph", "Several adapters trained in one batch.",
-         lambda: ratio_bars(results, "serve", STEP, GRAPH)),
+         lambda: ratio_dots(results, "serve", STEP, GRAPH)),
         ("model_training", "A transformers Llama: forward, backward and optimizer.",
-         lambda: ratio_bars(results, "model", STEP, EAGER)),
+         lambda: ratio_dots(results, "model", STEP, EAGER)),
         ("model_generation", "A transformers Llama: greedy generation, a different adapter each prompt.",
-         lambda: ratio_bars(results, "model", GENERATE, EAGER)),
+         lambda: ratio_dots(results, "model", GENERATE, EAGER)),
         ("by_rank", "Cost by rank.", lambda: by_rank(results)),
         ("by_tokens", "Cost by the number of tokens.", lambda: by_tokens(results)),
         ("by_adapters", "Cost by the number of adapters.", lambda: by_adapters(results)),
         ("roofline", "Rate against what this card was measured to reach.", lambda: roofline(results)),
-        ("memory_train", "Memory of one LoRA linear.", lambda: memory_bars(results, "train")),
-        ("memory_model", "Memory of a training step.", lambda: memory_bars(results, "model")),
+        ("memory_train", "Memory of one LoRA linear.", lambda: memory_dots(results, "train")),
+        ("memory_model", "Memory of a training step.", lambda: memory_dots(results, "model")),
     ]  # fmt: skip
     made = {}
     with matplotlib.rc_context(STYLE):

@@ -18,20 +18,22 @@ PAGE = "report.html"
 _STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: #111;
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: #111;
   background: #fff; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-figure { margin: 1.2rem 0; } figure img { display: block; width: 100%; max-width: 47rem; height: auto; }
+figure { margin: 1.2rem 0; } figure img { display: block; width: 100%; max-width: 36rem; height: auto; }
 figcaption { margin-bottom: .4rem; font-weight: 600; }
 .scroll { overflow-x: auto; border: 1px solid #ccc; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .25rem .5rem; text-align: right; white-space: nowrap; border-top: 1px solid #e4e4e4; }
+th, td { padding: .2rem .4rem; text-align: right; white-space: nowrap; border-top: 1px solid #e4e4e4; }
 th { border-top: 0; background: #eee; } th:first-child, td:first-child { text-align: left; }
 tr.case td { background: #f6f6f6; font-weight: 600; text-align: left; white-space: normal; }
 tr.ours td { font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; font-size: .9rem; }
 dt { color: #555; } dd { margin: 0; } code { font-size: .85em; }
-nav a { margin-right: .9rem; white-space: nowrap; display: inline-block; } summary { cursor: pointer; }
+p, ul, dl { max-width: 46rem; }
+nav a { margin-right: .9rem; white-space: nowrap; display: inline-block; }
+summary { cursor: pointer; }
 a { color: #0a3d91; } .lead { font-size: 1.05rem; }
 """
 
@@ -138,12 +140,12 @@ def _summary(results: Results) -> str:
                 labels[result.provider] = result.label
         if ratios:
             shown = [
-                f"{labels[name]} {spread(found).median:.2f}"
+                f"{labels[name]} {spread(found).median:.2f}x"
                 for name, found in sorted(ratios.items(), key=lambda item: spread(item[1]).median)
             ]
             count = max(len(found) for found in ratios.values())
             lines.append(
-                f"<li>{_text(words)} costs, as a multiple of the frozen layer or model alone (median of "
+                f"<li>{_text(words)} over the frozen layer or model alone (median of "
                 f"{count} {'case' if count == 1 else 'cases'}): {_text(', '.join(shown))}.</li>"
             )
     return f'<ul class="lead">{"".join(lines)}</ul>' if lines else ""
@@ -158,7 +160,8 @@ def _tables(results: Results, suite: str) -> str:
     parts = []
     for (mode, schedule), entries in groups.items():
         how = "in a CUDA graph" if schedule == GRAPH else "eager"
-        parts.append(f"<details open><summary>{_text(MODE_LABELS[mode])}, {how}</summary>")
+        state = "" if parts else " open"
+        parts.append(f"<details{state}><summary>{_text(MODE_LABELS[mode])}, {how}</summary>")
         parts.append('<div class="scroll" tabindex="0"><table><thead><tr>')
         columns = ["", "x floor", "ms", "p20 to p80", "TFLOP/s", "GB/s", "x bytes' time"]
         if schedule == EAGER:
