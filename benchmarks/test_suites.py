@@ -1,7 +1,8 @@
 """The cases of ``python -m fastlora bench`` under pytest-benchmark: ``pytest benchmarks/ --benchmark-only``.
 
-Results are grouped by case and mode; a provider is checked against the reference before it is timed. The suite is
-``quick`` unless ``FASTLORA_BENCH_SUITE`` names another. Without a CUDA GPU only the checks run, on small twins.
+Results are grouped by case and mode; a provider is checked against the reference before it is timed. The
+suite is ``quick`` unless ``FASTLORA_BENCH_SUITE`` names another. Without a CUDA GPU only the checks run, on
+small twins.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ TIMED = [
 def test_time(
     benchmark: Any, workloads: dict[str, Workload], case: Case, mode: str, name: str
 ) -> None:
-    """Eager calls, a sync after each; for graphs, floors in the same turns and resumed runs use the command."""
+    """Eager calls, a sync after each. Graphs, turns and resumed runs are what the command is for."""
     if case.id not in workloads:
         workloads.clear()
         torch.cuda.empty_cache()

@@ -107,7 +107,7 @@ def _dots(
         axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.set_xlim(min(smallest, floor or smallest) / 1.5, largest * 1.25)
     else:
-        reach = largest - (floor or 0.0)
+        reach = max(largest - (floor or 0.0), 0.1)
         axis.set_xlim(min(floor or 0.0, smallest) - 0.08 * reach, largest + 0.08 * reach)
     for i, name in reversed(list(enumerate(names))):
         grey, marker, _ = _LOOKS[i % len(_LOOKS)]

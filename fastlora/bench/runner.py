@@ -142,8 +142,11 @@ class Runner:
             for schedule in schedules:
                 wanted = [p for p in self._providers_for(case) if p.graphable or schedule == EAGER]
                 keys = [(case.id, mode, schedule, p.name) for p in wanted]
+                floor = done.get((case.id, mode, schedule, FLOOR))
+                if floor is not None and floor.status != OK:
+                    continue  # without a floor there is nothing to compare with
                 lacking = [key for key in keys if key not in done]
-                if lacking or ((case.id, mode, schedule, FLOOR) not in done):
+                if lacking or floor is None:
                     failed = {key[3] for key in keys if key in done and done[key].status != OK}
                     pending[mode, schedule] = [p for p in wanted if p.name not in failed]
         return pending
