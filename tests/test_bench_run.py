@@ -72,6 +72,8 @@ class FakeClock(HostClock):
     def healthy(self) -> bool:
         return self.alive
 
+    def forget(self) -> None: ...
+
 
 class Listener:
     def __init__(self) -> None:
