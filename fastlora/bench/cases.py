@@ -10,7 +10,12 @@ import torch
 
 from fastlora.bench.shapes import MODELS
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # with TF32 products allowed
+}
 
 RANK, ALPHA = 16, 32.0
 
@@ -242,7 +247,7 @@ def _train_cases() -> list[TrainCase]:
     ]
     cases += [
         TrainCase("dtype", 8192, 4096, N, dtype=dtype, adapter_dtype=dtype)
-        for dtype in ("fp16", "fp32")
+        for dtype in ("fp16", "tf32", "fp32")
         for N in (4096, 14336)
     ]
     table = {(K, N) for _, K, N in TRAIN_TABLE}

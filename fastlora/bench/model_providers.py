@@ -29,13 +29,14 @@ class FastloraModel(_ModelProvider):
     """`fastlora.inject`."""
 
     name, label, kinds = "fastlora", "fastlora", _TRAINED
+    adapter_dtype: torch.dtype | None = None
 
     def make(self, llama: Llama, p: float) -> LoraModel:
         """A `fastlora.LoRALinear` for every linear."""
         model = llama.shared()
         fastlora.inject(
             model, LLAMA_LINEARS, r=llama.case.R, lora_alpha=llama.scaling * llama.case.R,
-            lora_dropout=p,
+            lora_dropout=p, adapter_dtype=self.adapter_dtype,
         )  # fmt: skip
         adapters = {}
         for name in llama.linears():
@@ -43,6 +44,13 @@ class FastloraModel(_ModelProvider):
             adapters[name] = (layer.lora_A, layer.lora_B)
         _fill(llama, adapters)
         return LoraModel(model, adapters)
+
+
+@register
+class FastloraFp32Model(FastloraModel):
+    """The same with fp32 adapters, which is PEFT's default."""
+
+    name, label, adapter_dtype = "fastlora-fp32", "fastlora, fp32 adapters", torch.float32
 
 
 def _fill(llama: Llama, adapters: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -149,8 +149,8 @@ class ModelWorkload(Workload):
         shape = (2, case.batch, case.length)
         self.ids = torch.randint(1, vocab, shape, generator=generator, device=device)
         self.sets = 2
-        # bf16 rounds after every operation, and the reference after none.
-        self.tolerance = 1e-3 if self.dtype == torch.float32 else 6e-2
+        # bf16 rounds after every operation, the reference after none; an adapter left out is an error of 1.
+        self.tolerance = 1e-3 if self.dtype == torch.float32 else 1e-1
         self._twin: Llama | None = None
         self._wanted: dict[str, Tensor] | None = None
 

@@ -11,6 +11,7 @@ from fastlora.bench.plots import make_plots
 from fastlora.bench.registry import FLOOR
 from fastlora.bench.results import OK, Result, Results
 from fastlora.bench.stats import spread
+from fastlora.bench.summary import worst_cases
 from fastlora.bench.workloads import COPY, MODE_LABELS, STEP
 
 PAGE = "report.html"
@@ -46,8 +47,8 @@ Samples in a CUDA graph are GPU time alone. Inputs rotate past the L2 cache, exc
 'x floor' is the median over that of the frozen layer's own products, timed in the same turns: x W0^T, and
 for a step dy W0 as well. TFLOP/s and GB/s count the operations and bytes that LoRA needs at least, not
 those that were made; 'x bytes' time' is the time over that of moving these bytes at the bandwidth of a
-large copy. 'peak MiB' is what a call allocates beyond weights and inputs; 'saved MiB' what a forward keeps
-for backward.
+large copy, where that is the bound. 'peak MiB' is what a call allocates beyond weights and inputs; 'saved
+MiB' what a forward keeps for backward.
 """
 
 SUITES = {
@@ -148,6 +149,7 @@ def _summary(results: Results) -> str:
                 f"<li>{_text(words)} over the frozen layer or model alone (median of "
                 f"{count} {'case' if count == 1 else 'cases'}): {_text(', '.join(shown))}.</li>"
             )
+    lines += [f"<li>{_text(line)}</li>" for line in worst_cases(results)]
     return f'<ul class="lead">{"".join(lines)}</ul>' if lines else ""
 
 
@@ -157,7 +159,7 @@ def _tables(results: Results, suite: str) -> str:
     for (case, mode, schedule), rows in results.blocks().items():
         if rows[0].suite == suite and any(r.status == OK for r in rows):
             groups.setdefault((mode, schedule), []).append((case, rows))
-    parts = []
+    parts: list[str] = []
     for (mode, schedule), entries in groups.items():
         how = "in a CUDA graph" if schedule == GRAPH else "eager"
         state = "" if parts else " open"
@@ -215,8 +217,10 @@ def _over_bytes(results: Results, row: Result, moved: int, bandwidth: float | No
     if copied is not None and copied.block == row.block and copied.device_ms:
         words = copied.label.split()
         bandwidth = 2 * int(words[-2]) * 2**20 / copied.ms.median / 1e6
-    if not bandwidth:
-        return ""
+    peak = results.ceilings.get("matmul_tflop_per_s")
+    flops = results.cases[row.case]["work"][row.mode][0]
+    if not bandwidth or not peak or flops / moved > peak / bandwidth * 1e3:
+        return ""  # unknown, or bound by arithmetic
     return f"{row.ms.median / (moved / bandwidth / 1e6):.2f}"
 
 

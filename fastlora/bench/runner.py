@@ -37,6 +37,7 @@ from fastlora.bench.workloads import (
     in_words,
     make_workload,
     schedules_of,
+    tf32_products,
 )
 
 ATTEMPTS = 2
@@ -112,7 +113,8 @@ class Runner:
             self.listener.case_began(case)
             self.store.append("begin", case=case.id)
             try:
-                self._run_case(case)
+                with tf32_products(getattr(case, "dtype", "") == "tf32"):
+                    self._run_case(case)
             finally:
                 # Also before a restart: what failed is on record and will not be tried again.
                 self.store.append("end", case=case.id)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,6 +87,17 @@ class Workload(ABC):
         # NaN is not within it.
         if not all(error <= self.tolerance for error in errors.values()):
             raise WrongNumbersError(f"wrong numbers: {in_words(errors)}")
+
+
+@contextmanager
+def tf32_products(allowed: bool) -> Iterator[None]:
+    """Let fp32 products on the GPU round their operands to TF32, or not; references never do."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def in_words(errors: dict[str, float]) -> str:
@@ -179,7 +191,8 @@ class TrainWorkload(Workload):
         self, layer: Layer, p: float, mode: str, found: tuple[Tensor | None, ...]
     ) -> dict[str, float]:
         if p not in self._wanted:
-            self._wanted[p] = self._reference(p)
+            with tf32_products(False):
+                self._wanted[p] = self._reference(p)
         names = ("y", "dx", "dA", "dB")[: len(found)]
         got = {name: t for name, t in zip(names, found, strict=True) if t is not None}
         return relative_errors(got, {name: self._wanted[p][name] for name in got})
@@ -266,7 +279,8 @@ class ServeWorkload(Workload):
         names = ("y", "dx", "dA", "dB") if self.case.train else ("y",)
         found: tuple[Any, ...] = output if isinstance(output, tuple) else (output,)
         if p not in self._wanted:
-            self._wanted[p] = self._reference(p)
+            with tf32_products(False):
+                self._wanted[p] = self._reference(p)
         return relative_errors(dict(zip(names, found, strict=True)), self._wanted[p])
 
     def _reference(self, p: float) -> dict[str, Tensor]:

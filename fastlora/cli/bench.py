@@ -21,6 +21,7 @@ from fastlora.bench.correctness import check_cases
 from fastlora.bench.registry import Provider, choose, load_file
 from fastlora.bench.results import OK, Results, Store, load
 from fastlora.bench.runner import RestartError, Runner, measure_ceilings
+from fastlora.bench.summary import worst_cases
 from fastlora.bench.terminal import TerminalListener, make_table
 from fastlora.cli.check import run_check, run_interpreted_check, summarise
 from fastlora.cli.system import (
@@ -199,6 +200,8 @@ def _measure(
         if result.status != OK:
             text = f"{result.case}, {result.mode}, {result.schedule}: {result.label}: "
             console.print(f"{text}{result.status}: {result.message}", soft_wrap=True, markup=False)
+    for line in worst_cases(store.results):
+        console.print(line, soft_wrap=True, markup=False)
     if left:
         console.print(f"No time for {len(left)} of {len(cases)} cases; the same command goes on.")
     console.print(f"Results: {store.path}; the page: python -m fastlora bench report {args.out}")
