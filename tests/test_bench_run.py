@@ -32,6 +32,7 @@ from fastlora.cli import bench
 from fastlora.cli.system import make_console
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 TINY = TrainCase("table", M=24, K=40, N=56, R=4, p=0.1, dtype="fp32", adapter_dtype="fp32")
 PLAIN = replace(TINY, p=0.0)
 MIXED = ServeCase("table", M=12, live=3, R=4, K=24, N=40, slots=6, dtype="fp32", cold=True)
@@ -541,6 +542,19 @@ def test_providers_do_not_touch_the_frozen_weight() -> None:
 
 def test_quick_holds_some_of_every_suite() -> None:
     assert {case.suite for case in select("quick")} == {"train", "serve", "model"}
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_the_documented_provider_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    path = tmp_path / "addmm.py"
+    path.write_text(text.split("```python\n")[1].split("```")[0])
+    registry.load_file(path)
+    made = make_runner(tmp_path / "out", {"train": [providers_of("train")["addmm"]]})
+    made.run([TINY, PLAIN])
+    found = load(tmp_path / "out").results
+    assert {result.status for result in found.values()} == {OK}
+    assert (TINY.id, "step", "graph", "addmm") in found
 
 
 @pytest.mark.gpu

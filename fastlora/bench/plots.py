@@ -133,7 +133,7 @@ def _dots(
     axis.set_ylim(len(values) - 0.4, -0.8)
     axis.grid(axis="x")
     axis.grid(visible=False, axis="y")
-    axis.set_xlabel(label)
+    figure.supxlabel(label, fontsize=10.5)
     handles, words = axis.get_legend_handles_labels()
     figure.legend(handles[::-1], words[::-1], loc="outside upper left", fontsize=9)
     return figure
