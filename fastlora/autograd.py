@@ -1,84 +1,185 @@
-"""The `torch.autograd.Function` over the kernels: what is saved, and which gradients are made."""
+"""The fused LoRA linear for autograd: the launches, what is saved, and which gradients are made.
+
+`LoRALinearFunction` is the eager form. `fastlora.ops` registers the same functions with `torch.library`
+for torch.compile.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
+from fastlora.kernels.config import dropout_threshold
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.kernels.lora_grad_x import lora_grad_x
 from fastlora.kernels.lora_shrink import lora_shrink
 
-
-@dataclass(frozen=True)
-class LoRASpec:
-    """The non-tensor arguments of a call; a tensor scaling travels beside it."""
-
-    scaling: float
-    dropout_p: float
+_EAGERLY = "; run this part eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
 
 
-class LoRALinearFunction(torch.autograd.Function):
-    """``y = x W0^T + bias + scaling * dropout(x) A^T B^T`` on 2-D tensors, fused.
+def _factor(scaling: float, scaling_tensor: Tensor | None, device: torch.device) -> float | Tensor:
+    if scaling_tensor is None:
+        return scaling
+    # On a GPU the kernels read it. A scalar on the CPU beside them is read here, which syncs nothing.
+    return scaling_tensor if scaling_tensor.device == device else float(scaling_tensor)
 
-    Saved for backward: x, s ``[M, R]``, the parameters, and the mask at one bit an element of x.
+
+def fused_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling_tensor: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, lora_A ``[R, K]``, lora_B ``[N, R]``.
+
+    Give y ``[M, N]``, s ``[M, R]``, and the mask ``[M, ceil(K / 8)]``, ``None`` without dropout.
+    ``scaling_tensor``, 0-dim, takes the place of ``scaling`` where there is one.
     """
+    factor = _factor(scaling, scaling_tensor, x.device)
+    s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed)
+    return lora_forward(x, weight, s, lora_B, bias), s, mask
+
+
+def fused_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    mask: Tensor | None,
+    scaling_tensor: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Take dy ``[M, N]`` and what `setup_context` saved; give dx, dA and dB where they are needed.
+
+    x may be ``None`` where dA is not needed, and s where dB is not.
+    """
+    if not (need_x or need_a or need_b):
+        return None, None, None
+    if dy.stride(1) != 1:
+        dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
+    factor = _factor(scaling, scaling_tensor, dy.device)
+    ds, db = lora_grad_b(dy, s, lora_B, factor, dropout_p, need_ds=need_x or need_a, need_db=need_b)
+    dx = lora_grad_x(dy, weight, ds, lora_A, mask) if need_x and ds is not None else None
+    da = lora_grad_a(x, ds, mask, lora_A.dtype) if need_a and ds is not None else None
+    return dx, da, db
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """Keep what the needed gradients need: x, s ``[M, R]``, the parameters, and the mask's bits."""
+    x, weight, bias, lora_A, lora_B, _, scaling_tensor, scaling, dropout_p = inputs
+    _, s, mask = output
+    need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
+    keep_mask = (need_x or need_a) and dropout_threshold(dropout_p) > 0
+    ctx.mark_non_differentiable(s, *(() if mask is None else (mask,)))
+    ctx.set_materialize_grads(False)  # no zeros for s and the mask
+    ctx.save_for_backward(
+        x if need_w or need_a else None,
+        weight,
+        lora_A,
+        lora_B,
+        s if need_b else None,
+        mask if keep_mask else None,
+        scaling_tensor,
+    )
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def gradients(
+    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
+    """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype.
+
+    ``backward`` is `fused_backward`, or a form of it that autograd or torch.compile sees as one op.
+    """
+    x, weight, lora_A, lora_B, s, mask, scaling_tensor = ctx.saved_tensors
+    need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    dx, da, db = backward(
+        dy, x, weight, lora_A, lora_B, s, mask, scaling_tensor, ctx.scaling, ctx.dropout_p,
+        need_x, need_a, need_b,
+    )  # fmt: skip
+    dw = dy.t() @ x if need_w else None
+    dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
+    return dx, dw, dbias, da, db, None, None, None, None
+
+
+def waited_for(dy: Tensor) -> Tensor:
+    """A plain tensor: a collective still in flight has no data to point to, a copy waits for it."""
+    return dy if type(dy) is Tensor else dy.clone()
+
+
+def no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    """Stand where the derivative of `fused_backward` would."""
+    raise RuntimeError(f"fastlora's kernels have no double backward{_EAGERLY}")
+
+
+class _KernelFunction(torch.autograd.Function):
+    """A Function that `torch.func` can transform, without what that costs everybody else."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Call it. torch's own `apply` binds the arguments to a signature first: longer than a launch."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        # The rest of torch's: what a transform that is over left around a tensor comes off.
+        args = unwrap_dead_wrappers(args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        seed: Tensor | None,
-        scaling: Tensor | None,
-        spec: LoRASpec,
-    ) -> Tensor:
-        """Take x ``[M, K]``, weight ``[N, K]``, lora_A ``[R, K]``, lora_B ``[N, R]``; give y ``[M, N]``."""
-        factor = spec.scaling if scaling is None else scaling
-        s, mask = lora_shrink(x, lora_A, factor, spec.dropout_p, seed)
-        y = lora_forward(x, weight, s, lora_B, bias)
-        need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        keep_x = x if need_w or need_a else None
-        keep_mask = mask if need_x or need_a else None
-        keep_s = s if need_b else None
-        ctx.save_for_backward(keep_x, weight, lora_A, lora_B, keep_s, keep_mask, scaling)
-        ctx.spec = spec
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        """Refuse forward-mode differentiation."""
+        raise RuntimeError(f"fastlora's kernels have no forward-mode derivative{_EAGERLY}")
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        """Refuse a batch dimension that the kernels do not know."""
+        raise RuntimeError(f"fastlora's kernels have no vmap rule{_EAGERLY}")
+
+
+class LoRALinearFunction(_KernelFunction):
+    """``y = x W0^T + bias + scaling * dropout(x) A^T B^T`` on 2-D tensors, with s and the mask beside it."""
+
+    forward = staticmethod(fused_forward)
+    setup_context = staticmethod(setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
-        if torch.is_grad_enabled():  # create_graph=True: these gradients would be constants in it
-            raise RuntimeError(
-                "fastlora's kernels have no double backward (create_graph=True); run this part "
-                "eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
-            )
-        x, weight, lora_A, lora_B, s, mask, scaling = ctx.saved_tensors
-        spec: LoRASpec = ctx.spec
-        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        if dy.stride(1) != 1:
-            dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
-        factor = spec.scaling if scaling is None else scaling
-        dx = dw = dbias = da = db = ds = None
-        if need_x or need_a or need_b:
-            ds, db = lora_grad_b(
-                dy, s, lora_B, factor, spec.dropout_p, need_ds=need_x or need_a, need_db=need_b
-            )
-        if need_x and ds is not None:
-            dx = lora_grad_x(dy, weight, ds, lora_A, mask)
-        if need_a and ds is not None:
-            da = lora_grad_a(x, ds, mask, lora_A.dtype)
-        if need_w:
-            dw = dy.t() @ x
-        if need_bias:
-            dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw, dbias, da, db, None, None, None
+        if dy is None:
+            return (None,) * 9
+        dy = waited_for(dy)
+        # create_graph=True, or a transform of torch.func: there the kernels are a node of their own.
+        nested = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        return gradients(ctx, dy, _LoRALinearBackward.apply if nested else _plain_backward)
+
+
+def _plain_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    return fused_backward(*unwrap_dead_wrappers(args))  # the function that torch.func.vjp gives
+
+
+class _LoRALinearBackward(_KernelFunction):
+    """`fused_backward` where a graph of the backward is recorded: an error if it is differentiated."""
+
+    forward = staticmethod(fused_backward)
+    backward = staticmethod(no_double_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Keep nothing."""

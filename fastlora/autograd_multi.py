@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters import Routing
+from fastlora.autograd import waited_for
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import MULTI_BLOCK_M, keep_scale, multi_shrink_parts
-from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_plan
+from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 
@@ -37,16 +38,16 @@ class LoRALinearMultiFunction(torch.autograd.Function):
     ) -> Tensor:
         """Take x ``[M, K]``, lora_A ``[L, R, K]``, lora_B ``[L, N, R]``; give y ``[M, N]``."""
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        plan = multi_gemm_plan(x, weight)
-        decoding = plan[0] == "decode" and not need_b  # backward wants s as one tensor
+        tiles = multi_gemm_tiles(x, weight)
+        decoding = tiles[0] == "decode" and not need_b  # backward wants s as one tensor
         num_sms = device_properties(x.device)[1]
         s, mask = lora_multi_shrink(
             x, lora_A, scaling, ranks,
             (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M)), MULTI_BLOCK_M,
             dropout_p, seed, parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if decoding else 1,
         )  # fmt: skip
-        tiles = (routing.ids, routing.tile_slots(plan[1].BLOCK_M))
-        y = lora_multi_gemm(x, weight, s, lora_B, ranks, tiles, plan, bias)
+        slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
+        y = lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias)
         ctx.save_for_backward(
             x if need_w or need_a else None, weight, lora_A, lora_B,
             s if need_b else None, mask if need_x or need_a else None, scaling, ranks,
@@ -72,6 +73,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
             )
         x, weight, lora_A, lora_B, s, mask, scaling, ranks = ctx.saved_tensors
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        dy = waited_for(dy)
         if dy.stride(1) != 1:
             dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
         rows = (routing.order, routing.sorted_ids)
@@ -84,10 +86,10 @@ class LoRALinearMultiFunction(torch.autograd.Function):
             )  # fmt: skip
         if need_x and ds is not None:
             turned = weight.t()
-            plan = multi_gemm_plan(dy, turned, None if mask is None else lora_A.shape[1])
-            tiles = (routing.ids, routing.tile_slots(plan[1].BLOCK_M))
+            tiles = multi_gemm_tiles(dy, turned, None if mask is None else lora_A.shape[1])
+            slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
             right = lora_A.transpose(1, 2)
-            dx = lora_multi_gemm(dy, turned, ds, right, ranks, tiles, plan, mask=mask)
+            dx = lora_multi_gemm(dy, turned, ds, right, ranks, slots, tiles, mask=mask)
         if need_a and ds is not None:
             da = lora_multi_grad(
                 x, ds[0], mask, ranks, (*rows, routing.segment_starts()),

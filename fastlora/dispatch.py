@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,18 @@ except ImportError as error:  # no Triton on this platform, or one without what 
     INTERPRETED = False
     _TRITON_PROBLEM = f"Triton cannot be used: {error}"
 
+HAS_TRITON = not _TRITON_PROBLEM
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastlora_path", default=None)
+
+class _Forced(threading.local):
+    """What `force` asks of this thread: a plain attribute, which torch.compile can guard on."""
+
+    def __init__(self) -> None:
+        self.path: str | None = None
+
+
+_forced = _Forced()
 
 
 @dataclass(frozen=True)
@@ -68,31 +78,46 @@ def decide(call: Call) -> Decision:
     Returns:
         Decision: the path and its reason.
     """
-    eager = functools.partial(Decision, "eager")
+    problem = _machine_problem(call) or _size_problem(call.M, call.K, call.N, call.R)
+    if problem:
+        return Decision("eager", problem)
+    return Decision("fused", f"{_fused_words(call)}, rank {call.R}")
+
+
+def _fused_words(call: Call) -> str:
+    if call.interpreted:
+        return "the kernels run in Triton's interpreter (TRITON_INTERPRET=1)"
+    return f"CUDA capability {call.capability}, {call.x_dtype}"
+
+
+def _machine_problem(call: Call) -> str:
+    """Why the kernels cannot run on this device with these dtypes, whatever the sizes; "" if they can."""
     if call.triton_problem:
-        return eager(call.triton_problem)
+        return call.triton_problem
     if call.device_type != "cuda" and not (call.device_type == "cpu" and call.interpreted):
-        return eager(f"the kernels run on CUDA GPUs, the tensors are on {call.device_type}")
+        return f"the kernels run on CUDA GPUs, the tensors are on {call.device_type}"
     if call.device_type == "cuda":
         if call.capability is None:
-            return eager("not an NVIDIA GPU: the kernels have not been tried on it")
+            return "not an NVIDIA GPU: the kernels have not been tried on it"
         if call.capability < (8, 0):
             major, minor = call.capability
-            return eager(f"compute capability {major}.{minor} is older than 8.0")
+            return f"compute capability {major}.{minor} is older than 8.0"
     if call.x_dtype not in FUSED_DTYPES:
-        return eager(f"x is {call.x_dtype}; the kernels take bfloat16, float16 and float32")
+        return f"x is {call.x_dtype}; the kernels take bfloat16, float16 and float32"
     if call.weight_dtype != call.x_dtype:
-        return eager(f"weight is {call.weight_dtype} and x is {call.x_dtype}")
+        return f"weight is {call.weight_dtype} and x is {call.x_dtype}"
     for dtype in call.adapter_dtypes:
         if dtype not in (call.x_dtype, torch.float32):
-            return eager(f"an adapter is {dtype} beside {call.x_dtype} x")
-    if call.R > MAX_RANK:
-        return eager(f"rank {call.R} is above {MAX_RANK}")
-    if 0 in (call.M, call.K, call.N):
-        return eager(f"a dimension is empty: M={call.M}, K={call.K}, N={call.N}")
-    if call.interpreted:
-        return Decision("fused", "the kernels run in Triton's interpreter (TRITON_INTERPRET=1)")
-    return Decision("fused", f"CUDA capability {call.capability}, {call.x_dtype}, rank {call.R}")
+            return f"an adapter is {dtype} beside {call.x_dtype} x"
+    return ""
+
+
+def _size_problem(M: int, K: int, N: int, R: int) -> str:
+    if R > MAX_RANK:
+        return f"rank {R} is above {MAX_RANK}"
+    if M == 0 or K == 0 or N == 0:
+        return f"a dimension is empty: M={M}, K={K}, N={N}"
+    return ""
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,28 +128,82 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _decide_cached(
-    device: torch.device, dtypes: tuple[torch.dtype, ...], M: int, K: int, N: int, R: int
-) -> Decision:
+def _cached(
+    of: Callable[[Call], str], device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> str:
     x_dtype, weight_dtype, *adapter_dtypes = dtypes
-    return decide(
+    return of(
         Call(
             device_type=device.type,
             capability=_capability(device),
             x_dtype=x_dtype,
             weight_dtype=weight_dtype,
             adapter_dtypes=tuple(adapter_dtypes),
-            M=M,
-            K=K,
-            N=N,
-            R=R,
+            M=1,
+            K=1,
+            N=1,
+            R=1,
             interpreted=INTERPRETED,
             triton_problem=_TRITON_PROBLEM,
         )
     )
 
 
-def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:
+# torch.compile calls these two while tracing: what they ask the machine for cannot be traced.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _this_machines_problem(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    return _cached(_machine_problem, device, dtypes)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _this_machines_words(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    return _cached(_fused_words, device, dtypes)
+
+
+def problem_for(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    rank: int | None = None,
+) -> str:
+    """Why the kernels cannot take these tensors; empty when they can.
+
+    Args:
+        x (Tensor): ``(..., K)``.
+        weight (Tensor): ``[N, K]``.
+        lora_A (Tensor): ``[R, K]``, or a stack of them.
+        lora_B (Tensor): ``[N, R]``, likewise.
+        dtype (torch.dtype | None): what x and weight will be cast to, where not as they are. Default:
+            ``None``.
+        rank (int | None): the rank of the product, where ``lora_A`` is one part of it. Default: ``None``.
+
+    Returns:
+        str: the reason for the eager path, or ``""`` for the fused one.
+    """
+    if _forced.path == "eager":
+        return "fastlora.dispatch.force('eager') is active"
+    for t in (x, weight, lora_A, lora_B):
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return "a tensor is of a subclass, which the kernels cannot look into"
+    dtypes = (dtype or x.dtype, dtype or weight.dtype, lora_A.dtype, lora_B.dtype)
+    N, K = weight.shape
+    return _this_machines_problem(x.device, dtypes) or _size_problem(
+        x.shape[:-1].numel(), K, N, lora_A.shape[-2] if rank is None else rank
+    )
+
+
+def decide_for(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    rank: int | None = None,
+) -> Decision:
     """The decision for these tensors on this machine.
 
     Args:
@@ -132,27 +211,45 @@ def decide_for(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Dec
         weight (Tensor): ``[N, K]``.
         lora_A (Tensor): ``[R, K]``, or a stack of them.
         lora_B (Tensor): ``[N, R]``, likewise.
+        dtype (torch.dtype | None): as `problem_for`. Default: ``None``.
+        rank (int | None): as `problem_for`. Default: ``None``.
 
     Returns:
         Decision: the path and its reason.
     """
-    forced = _forced.get()
-    if forced == "eager":
-        return Decision("eager", "fastlora.dispatch.force('eager') is active")
-    for t in (x, weight, lora_A, lora_B):
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return Decision(
-                "eager", "a tensor is of a subclass, which the kernels cannot look into"
-            )
-    # Of the number of rows only zero matters: batches of any length share an entry of the cache.
-    dtypes = (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype)
-    M, (N, K) = min(x.numel(), 1), weight.shape
-    return _decide_cached(x.device, dtypes, M, K, N, lora_A.shape[-2])
+    problem = problem_for(x, weight, lora_A, lora_B, dtype=dtype, rank=rank)
+    if problem:
+        return Decision("eager", problem)
+    dtypes = (dtype or x.dtype, dtype or weight.dtype, lora_A.dtype, lora_B.dtype)
+    words = _this_machines_words(x.device, dtypes)
+    return Decision("fused", f"{words}, rank {lora_A.shape[-2] if rank is None else rank}")
+
+
+def decide_embedding_for(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:
+    """The decision for an embedding with these tensors on this machine.
+
+    Args:
+        ids (Tensor): any shape.
+        weight (Tensor): ``[V, N]``.
+        lora_A (Tensor): ``[R, V]``.
+        lora_B (Tensor): ``[N, R]``.
+
+    Returns:
+        Decision: the path and its reason.
+    """
+    decision = decide_for(weight, weight, lora_A, lora_B)
+    if not decision.fused:  # of the table, which stands where a linear has x
+        return Decision("eager", re.sub(r"\bx\b", "weight", decision.reason))
+    if type(ids) is not Tensor:
+        return Decision("eager", "ids are of a subclass, which the kernels cannot look into")
+    if ids.numel() == 0:
+        return Decision("eager", "a dimension is empty: there are no ids")
+    return decision
 
 
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
-    """Run every call inside the block on ``path``: only ``"eager"`` can be forced.
+    """Run every call of this thread inside the block on ``path``: only ``"eager"`` can be forced.
 
     Args:
         path (str): ``"eager"``.
@@ -162,8 +259,8 @@ def force(path: str) -> Iterator[None]:
     """
     if path != "eager":
         raise ValueError(f"path must be 'eager', got {path!r}")
-    token = _forced.set(path)
+    before, _forced.path = _forced.path, path
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.path = before

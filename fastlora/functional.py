@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.dispatch import Decision, decide_for
+from fastlora.dispatch import HAS_TRITON, Decision, decide_for, problem_for
+
+if HAS_TRITON:
+    from fastlora import ops
+    from fastlora.autograd import LoRALinearFunction
 
 
 def lora_linear(
@@ -21,6 +23,7 @@ def lora_linear(
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``y = x W0^T + bias + scaling * dropout(x) A^T B^T``, in one fused pass where kernels run.
 
@@ -40,6 +43,8 @@ def lora_linear(
             sync, and gets no gradient. Default: 1.0.
         dropout_p (float): probability of dropping an element of x, from 0 to 1. Default: 0.0.
         training (bool): whether dropout is active. Default: ``True``.
+        seed (Tensor | None): 0-dim int64 on x's device, the seed of the mask, instead of a drawn one.
+            Default: ``None``.
 
     Returns:
         Tensor: ``(..., N)`` in the dtype of x.
@@ -58,28 +63,34 @@ def lora_linear(
     dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     dropout_p = dropout_p if training else 0.0
     x, weight, bias = autocast_linear(x, weight, bias)
-    seed = reference.draw_seed(x.device) if dropout_p > 0 else None
-    if not decide_for(x, weight, lora_A, lora_B).fused:
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = reference.draw_seed(x.device)
+    else:
+        _validate_seed(seed, x.device)
+    if problem_for(x, weight, lora_A, lora_B):
+        _reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
         return reference.lora_linear(
             x, weight, lora_A, lora_B,
             bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
-
-    from fastlora.autograd import LoRALinearFunction, LoRASpec  # needs Triton
-
-    if isinstance(scaling, Tensor) and scaling.device != x.device:
-        scaling = float(scaling)  # a CPU scalar: reading it syncs nothing
-    tensor_scaling = scaling.detach() if isinstance(scaling, Tensor) else None
-    spec = LoRASpec(1.0 if isinstance(scaling, Tensor) else float(scaling), dropout_p)
-    y = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
+    compiling = torch.compiler.is_compiling()
+    if compiling and not isinstance(scaling, Tensor):
+        # As a number it would be a constant of the op, and every new value a recompilation.
+        scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
+    scaling_tensor = scaling if isinstance(scaling, Tensor) else None
+    run = ops.lora_linear if compiling else LoRALinearFunction.apply
+    y, _, _ = run(
         x.reshape(-1, x.shape[-1]),
         weight,
         None if bias is None else bias.contiguous(),
         lora_A,
         lora_B,
         seed,
-        tensor_scaling,
-        spec,
+        scaling_tensor,
+        1.0 if isinstance(scaling, Tensor) else float(scaling),
+        dropout_p,
     )
     return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
@@ -121,17 +132,24 @@ def explain(
     return decide_for(x, weight, lora_A, lora_B)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a linear of x to compute in; None where it leaves x alone."""
+    device = x.device.type
+    if (
+        reference.autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and x.dtype != torch.float64
+    ):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def autocast_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast x, weight and bias as autocast casts the arguments of a linear; adapters stay as they are."""
-    device = x.device.type
-    if (
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and x.dtype != torch.float64
-    ):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if weight.dtype != x.dtype:
@@ -150,18 +168,7 @@ def _validate(
 ) -> float:
     """Raise for arguments that do not fit together; return ``dropout_p`` as a float."""
     check_tensors(x, weight, lora_A, lora_B, bias)
-    if isinstance(scaling, Tensor):
-        if scaling.dim() != 0 or not scaling.is_floating_point():
-            raise ValueError(
-                "scaling must be a float or a 0-dim float tensor, got "
-                f"{scaling.dtype} of shape {tuple(scaling.shape)}"
-            )
-        if scaling.requires_grad:
-            raise ValueError("scaling must not require grad: it gets no gradient")
-        if scaling.device not in (x.device, torch.device("cpu")):
-            raise ValueError(f"scaling must be on {x.device} or the CPU, got {scaling.device}")
-    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"scaling must be a float or a Tensor, got {type(scaling).__name__}")
+    check_scaling(scaling, x.device)
     return check_dropout(dropout_p)
 
 
@@ -209,6 +216,80 @@ def check_dropout(dropout_p: float) -> float:
     """Raise for what is no probability; return it as a float."""
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
-    if math.isnan(dropout_p) or not 0 <= dropout_p <= 1:
+    if not 0 <= dropout_p <= 1:  # NaN too
         raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
     return float(dropout_p)
+
+
+def check_scaling(scaling: object, device: torch.device) -> None:
+    """Raise unless ``scaling`` is a number, or a 0-dim float tensor on ``device`` or the CPU.
+
+    Args:
+        scaling (object): what the caller gave.
+        device (torch.device): where the other tensors are.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the tensor is of another shape, dtype or device, or requires grad.
+    """
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0 or not scaling.is_floating_point():
+            raise ValueError(
+                "scaling must be a float or a 0-dim float tensor, got "
+                f"{scaling.dtype} of shape {tuple(scaling.shape)}"
+            )
+        if scaling.requires_grad:
+            raise ValueError("scaling must not require grad: it gets no gradient")
+        if scaling.device not in (device, torch.device("cpu")):
+            raise ValueError(f"scaling must be on {device} or the CPU, got {scaling.device}")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a float or a Tensor, got {type(scaling).__name__}")
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Whether t is a DTensor, without loading that part of torch where no tensor can be one."""
+    if type(t) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(t, DTensor)
+
+
+def _validate_seed(seed: Tensor, device: torch.device) -> None:
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be a Tensor, got {type(seed).__name__}")
+    if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
+        raise ValueError(
+            f"seed must be a 0-dim int64 tensor on {device}, got {seed.dtype} of shape "
+            f"{tuple(seed.shape)} on {seed.device}"
+        )
+
+
+def _reject_mixed_dtensors(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Raise where the eager path cannot do what a DTensor among the arguments asks for."""
+    named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "bias": bias}
+    present = {name: t for name, t in named.items() if t is not None}
+    sharded = [name for name, t in present.items() if is_dtensor(t)]
+    if not sharded:
+        return
+    plain = [name for name in present if name not in sharded]
+    ways = (
+        "call the layer through the module that fully_shard wrapped, or parallelize it with "
+        "fastlora.distributed.ColwiseLoRA or RowwiseLoRA"
+    )
+    if plain:
+        raise TypeError(
+            f"DTensors and plain tensors cannot be mixed: DTensors are {', '.join(sharded)}, plain "
+            f"are {', '.join(plain)}; {ways}"
+        )
+    if dropout_p > 0:
+        raise ValueError(
+            f"dropout_p must be 0 where the tensors are DTensors, got {dropout_p}; {ways}"
+        )

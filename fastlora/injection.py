@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastlora.merging import LoRALayer
 from fastlora.modules import LoRALinear, base_problem, check_lora_options
 
 _LISTED = 20
@@ -96,13 +97,13 @@ def inject(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_lora_options(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
-    targets = _check_targets(target_modules)
+    targets = check_targets(target_modules)
 
     chosen: dict[str, nn.Linear] = {}
     skipped: list[tuple[str, str]] = []
     seen: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        hits = _matching_targets(targets, name)
+        hits = matching_targets(targets, name)
         if not hits:
             continue
         reason = _skip_reason(model, name, module)
@@ -152,7 +153,8 @@ def inject(
     )
 
 
-def _check_targets(target_modules: object) -> re.Pattern[str] | tuple[str, ...]:
+def check_targets(target_modules: object) -> re.Pattern[str] | tuple[str, ...]:
+    """Return ``target_modules`` as a pattern or names, after a check; raise as `inject` does."""
     if isinstance(target_modules, str):
         if not target_modules:
             raise ValueError("target_modules must not be empty, got ''")
@@ -177,7 +179,8 @@ def _check_targets(target_modules: object) -> re.Pattern[str] | tuple[str, ...]:
     return targets
 
 
-def _matching_targets(targets: re.Pattern[str] | tuple[str, ...], name: str) -> set[str]:
+def matching_targets(targets: re.Pattern[str] | tuple[str, ...], name: str) -> set[str]:
+    """Return those of the checked targets that name the module ``name``."""
     if not name:
         return set()
     if isinstance(targets, re.Pattern):
@@ -226,7 +229,7 @@ def _freeze_all_but_lora(model: nn.Module) -> None:
     adapters = {
         id(p)
         for module in model.modules()
-        if isinstance(module, LoRALinear)
+        if isinstance(module, LoRALayer)
         for p in (module.lora_A, module.lora_B)
     }
     for parameter in model.parameters():

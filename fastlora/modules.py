@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.functional import lora_linear
+from fastlora.merging import LoRALayer, Product
 
 MAX_RANK = 256
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INITS = ("kaiming", "gaussian")
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(LoRALayer):
     """A frozen linear with a trainable low-rank update.
 
     ``y = x weight^T + bias + scaling * dropout(x) lora_A^T lora_B^T``
@@ -40,6 +43,7 @@ class LoRALinear(nn.Module):
         init_lora_weights: How ``lora_A`` starts: ``"kaiming"`` (uniform with a = sqrt(5), as in
             loralib and PEFT) or ``"gaussian"`` (standard deviation 1/r).
         adapter_dtype: dtype of ``lora_A`` and ``lora_B``; None means the dtype of ``base``.
+        merge_weights: Merge in ``eval()`` and unmerge in ``train()``, as loralib's layers do.
 
     Raises:
         TypeError: ``base`` is no plain ``nn.Linear`` or an argument has the wrong type.
@@ -61,8 +65,7 @@ class LoRALinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    peft_names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}  # noqa: RUF012 - constant
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class LoRALinear(nn.Module):
         init_lora_weights: str = "kaiming",
         *,
         adapter_dtype: torch.dtype | None = None,
+        merge_weights: bool = False,
     ) -> None:
         """Freeze ``base`` and make an adapter beside it."""
         super().__init__()
@@ -90,7 +94,6 @@ class LoRALinear(nn.Module):
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
         self.init_lora_weights = init_lora_weights
-        self.scaling = lora_scaling(r, self.lora_alpha, use_rslora)
 
         weight = cast(nn.Parameter, base.weight)
         dtype = weight.dtype if adapter_dtype is None else adapter_dtype
@@ -100,11 +103,36 @@ class LoRALinear(nn.Module):
         self.register_parameter("bias", base.bias)
         self.register_parameter("lora_A", nn.Parameter(lora_a))
         self.register_parameter("lora_B", nn.Parameter(lora_b))
+        self.scaling = lora_scaling(r, self.lora_alpha, use_rslora)
         self.reset_lora_parameters()
+        self._init_merging(merge_weights, base.training)
         weight.requires_grad_(False)
         if base.bias is not None:
             base.bias.requires_grad_(False)
-        self.train(base.training)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the LoRA branch; it may be set to any number at any time."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        # A tensor beside the number: torch.compile guards on the value of a number, and would compile
+        # again for each, but not on that of a tensor. It is no buffer: casts, state dicts and DDP's
+        # broadcasts leave it alone. On the CPU, for a weight on meta, it goes with any device.
+        weight = self.weight
+        self._scaling = float(value)
+        self._scaling_tensor = torch.full(
+            (),
+            self._scaling,
+            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            device="cpu" if weight.is_meta else weight.device,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        super()._apply(fn, recurse)
+        self.scaling = self._scaling  # its tensor follows the weight to another device
+        return self
 
     def reset_lora_parameters(self) -> None:
         """Draw ``lora_A`` anew and set ``lora_B`` to zero; the frozen linear stays as it is."""
@@ -115,17 +143,24 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer; dropout acts in training mode only."""
+        """Compute the layer; dropout acts in training mode only. Merged, it is the plain linear."""
+        if self._frozen is not None:
+            if self.training:
+                self._refuse_training_while_merged()
+            return F.linear(x, self.weight, self.bias)
         return lora_linear(
             x,
             self.weight,
             self.lora_A,
             self.lora_B,
             bias=self.bias,
-            scaling=self.scaling,
+            scaling=self._scaling_tensor if torch.compiler.is_compiling() else self._scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
         )
+
+    def _products(self, weight: Tensor) -> list[Product]:
+        return [Product(weight, self.lora_A, self.lora_B)]
 
     def extra_repr(self) -> str:
         """Show the sizes and the LoRA settings in ``repr``."""
@@ -143,32 +178,43 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 def base_problem(base: object) -> TypeError | ValueError | None:
     """Return the error that says why ``base`` cannot be adapted, or None when it can."""
-    if not isinstance(base, nn.Linear):
-        return TypeError(f"base must be a torch.nn.Linear, got {type(base).__name__}")
-    if type(base).forward is not nn.Linear.forward or "forward" in vars(base):
-        return TypeError(
-            "base must compute torch.nn.Linear's own forward, got a "
-            f"{type(base).__name__} with another forward"
-        )
-    for name in ("weight", "bias"):
-        parameter = getattr(base, name)
-        if name == "bias" and parameter is None:
-            continue
-        # Quantised and sharded weights come as tensor subclasses, which raw access would misread.
-        if type(parameter) is not nn.Parameter:
-            return TypeError(
-                f"base.{name} must be a plain nn.Parameter, got {type(parameter).__name__}"
-            )
-        if parameter.dtype not in FLOAT_DTYPES:
-            return ValueError(
-                f"base.{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}"
-            )
+    problem = layer_problem(base, nn.Linear, ("weight", "bias"))
+    if problem is not None or not isinstance(base, nn.Linear):
+        return problem
     expected = (base.out_features, base.in_features)
     if tuple(base.weight.shape) != expected:
         return ValueError(
             f"base.weight must be (out_features, in_features)={expected}, "
             f"got {tuple(base.weight.shape)}"
         )
+    return None
+
+
+def layer_problem(
+    base: object, kind: type[nn.Module], parameters: tuple[str, ...]
+) -> TypeError | ValueError | None:
+    """Return the error that says why ``base`` is no plain ``kind`` of float weights, or None."""
+    if not isinstance(base, kind):
+        return TypeError(f"base must be a torch.nn.{kind.__name__}, got {type(base).__name__}")
+    if type(base).forward is not kind.forward or "forward" in vars(base):
+        return TypeError(
+            f"base must compute torch.nn.{kind.__name__}'s own forward, got a "
+            f"{type(base).__name__} with another forward"
+        )
+    for name in parameters:
+        parameter = getattr(base, name)
+        if name == "bias" and parameter is None:
+            continue
+        # Quantised and sharded weights come as tensor subclasses, which raw access would misread.
+        if type(parameter) is not nn.Parameter:
+            return TypeError(
+                f"base.{name} must be a plain nn.Parameter, got {type(parameter).__name__}; "
+                "adapt a model before it is sharded or quantised"
+            )
+        if parameter.dtype not in FLOAT_DTYPES:
+            return ValueError(
+                f"base.{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}"
+            )
     return None
 
 

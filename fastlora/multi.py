@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.adapters import AdapterStack, Routing, route
-from fastlora.dispatch import decide_for
+from fastlora.dispatch import problem_for
 from fastlora.functional import autocast_linear, check_dropout, check_tensors
 
 
@@ -70,7 +70,7 @@ def lora_linear_multi(
     routing = _routing_of(adapter_ids, x, len(stack))
     seed = reference.draw_seed(x.device) if dropout_p > 0 else None
     rows = x.reshape(-1, x.shape[-1])
-    if not decide_for(x, weight, lora_A, lora_B).fused:
+    if problem_for(x, weight, lora_A, lora_B):
         y = reference.lora_linear_multi(
             rows, weight, lora_A, lora_B, routing.ids,
             scaling=scaling, ranks=ranks, bias=bias, dropout_p=dropout_p, seed=seed,

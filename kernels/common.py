@@ -133,22 +133,32 @@ def dot_precision(dtype: torch.dtype, depth: int = 2) -> str:
     return "tf32"
 
 
-def strides(t: Tensor) -> tuple[int, ...]:
+def strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a tensor for a pointer kernel, the last one 0 for a single column.
 
     A contiguous ``[N, 1]`` has strides (1, 1), from which Triton 3.6 builds a TF32 wgmma that reads past
     the end of shared memory.
     """
-    return *t.stride()[:-1], t.stride(-1) if t.shape[-1] > 1 else 0
+    return (*stride[:-1], stride[-1] if shape[-1] > 1 else 0)
 
 
-def fits_tma(*tensors: Tensor) -> bool:
-    """Whether TMA descriptors can describe these: rows dense, base and row stride 16-byte aligned."""
+def rows_fit_tma(shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int) -> bool:
+    """Whether a TMA descriptor can describe such rows: dense, a multiple of 16 bytes apart."""
+    rows, columns = stride
+    return columns == 1 and rows >= shape[1] and rows * itemsize % 16 == 0
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether tensors begin at a multiple of 16 bytes, as TMA asks too."""
+    address = 0
     for t in tensors:
-        rows, columns = t.stride()
-        if columns != 1 or rows < t.shape[1] or (rows * t.element_size() | t.data_ptr()) & 15:
-            return False
-    return True
+        address |= t.data_ptr()
+    return address & 15 == 0
+
+
+def fits_tma(t: Tensor) -> bool:
+    """Whether a TMA descriptor can describe a tensor."""
+    return aligned(t) and rows_fit_tma(t.shape, t.stride(), t.element_size())
 
 
 def has_tma(major: int) -> bool:
@@ -167,10 +177,15 @@ def has_pdl(device: torch.device) -> bool:
 
 def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An empty ``[rows, columns]`` whose row stride is a multiple of 16 bytes, as TMA wants it."""
-    quantum = 16 // dtype.itemsize
-    padded = cdiv(columns, quantum) * quantum
+    padded = padded_columns(columns, dtype.itemsize)
     made = torch.empty((rows, padded), dtype=dtype, device=device)
     return made if padded == columns else made[:, :columns]
+
+
+def padded_columns(columns: int, itemsize: int) -> int:
+    """The row stride that `empty_rows` gives: the next multiple of 16 bytes."""
+    quantum = 16 // itemsize
+    return cdiv(columns, quantum) * quantum
 
 
 def for_tma(t: Tensor, dtype: torch.dtype) -> Tensor:

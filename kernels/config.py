@@ -113,6 +113,16 @@ def shrink_config(
     return LaunchConfig(32, 16, block_k, num_warps=4, num_stages=4 if R <= 64 else 3)
 
 
+def merge_config(itemsize: int) -> LaunchConfig:
+    """Tiles of `lora_merge`, by the size of an adapter's elements; not tuned on a GPU yet.
+
+    fp32 products run without tensor cores and hold their operands in registers, so tiles are small.
+    """
+    if itemsize == 4:
+        return LaunchConfig(0, 32, 64, num_warps=4, num_stages=1)
+    return LaunchConfig(0, 64, 128, num_warps=4, num_stages=1)
+
+
 def multi_shrink_config(itemsize: int, R: int, precision: str, block_m: int) -> LaunchConfig:
     """Tiles of `lora_multi_shrink`: ``BLOCK_M`` gathered rows, ``BLOCK_N`` ranks, ``BLOCK_K`` of x.
 
@@ -121,7 +131,8 @@ def multi_shrink_config(itemsize: int, R: int, precision: str, block_m: int) -> 
     block_r = min(rank_block(R), 64)
     if precision == "ieee" and itemsize == 4:
         return LaunchConfig(block_m, block_r, 32, num_warps=4, num_stages=3)
-    return LaunchConfig(block_m, block_r, 256 // itemsize, num_warps=4, num_stages=4)
+    stages = 4 if block_r <= 32 else 3  # fp32 adapters beside 16-bit x take twice the room
+    return LaunchConfig(block_m, block_r, 256 // itemsize, num_warps=4, num_stages=stages)
 
 
 MULTI_BLOCK_M = 16
@@ -210,6 +221,21 @@ def grad_a_config(
         block_m, block_c, warps = 64 if itemsize == 2 else 32, 128 if R <= 64 else 64, 4
     splits = _row_splits(M, K, block_m, block_c, num_sms, per_sm=2)
     return ReduceConfig(block_m, block_c, splits, num_warps=warps, num_stages=3)
+
+
+def embedding_config(
+    M: int, N: int, R: int, itemsize: int, num_sms: int, precision: str = "tf32"
+) -> ReduceConfig:
+    """Config of `lora_embedding`: ``row_splits`` programs share the columns of ``BLOCK_M`` rows.
+
+    A block of B, ``BLOCK_C`` by the rank, takes 16 KB at most beside the rows on their way. Rows are
+    split where there are too few of them to fill the GPU twice. Not tuned on a GPU yet.
+    """
+    block_m = 32 if cdiv(M, 32) >= 2 * num_sms else 16
+    widest = 64 if precision == "ieee" and itemsize == 4 else 256
+    block_c = max(16, min(widest, (1 << 14) // (rank_block(R) * itemsize)))
+    splits = max(1, min(cdiv(N, block_c), 2 * num_sms // cdiv(M, block_m)))
+    return ReduceConfig(block_m, block_c, splits, num_warps=4, num_stages=2)
 
 
 def multi_grad_config(

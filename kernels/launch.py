@@ -1,20 +1,30 @@
-"""Launching: a kernel is looked up by what it was compiled for, once, and then started directly.
+"""Launching: a shape's plan is made once, a kernel is compiled once for what it is specialised on.
 
 `kernel[grid](...)` analyses every argument at every call, which costs more host time than a small layer
-has GPU time. Here the exact integers, dtypes and alignments are the key of a table of compiled kernels.
+has GPU time. Here an op keeps a `Launch` for each shape, in a cached function of shapes, strides and
+dtypes, and a call of it passes the tensors straight to the compiled kernel.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import json
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-_MAX_KERNELS = 4096  # keys, not compiled kernels: training on many lengths makes a key for each
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MAX_PLANS = 4096  # of an op: training on many lengths makes one for each
+_plans: list[Any] = []
+_compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+_interpreter = threading.Lock()  # it keeps the program index, and patches triton.language, globally
+_MAX_COMPILED = 4096
 
 
 def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
@@ -27,61 +37,129 @@ def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     return d
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any
-) -> None:
-    """``kernel[grid](*args, **options)`` on the current stream of ``device``.
+def cached_plan(make: F) -> F:
+    """Keep what a function of shapes, strides and dtypes makes: a configuration, a `Launch`."""
+    cached = functools.lru_cache(_MAX_PLANS)(make)
+    _plans.append(cached)
+    return cached  # type: ignore[return-value]
+
+
+def clear_plans() -> None:
+    """Forget the plans, for when something that they were made from is replaced, as tests do."""
+    for cached in _plans:
+        cached.cache_clear()
+
+
+def _compile_and_run(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    """Triton's own launch; where it stumbles over its cache on disk, the error says what to do."""
+    try:
+        return kernel[grid](*args, **options)
+    except (OSError, json.JSONDecodeError) as error:
+        raise RuntimeError(
+            f"Triton failed to read or write a file while it compiled {kernel.__name__}, most likely in "
+            f"its cache, {knobs.cache.dir}: {error}. Empty that folder, or let TRITON_CACHE_DIR name "
+            "one that can be written"
+        ) from error
+
+
+def _specialised(size: int) -> tuple[bool, bool, bool, bool]:
+    """What Triton compiles an integer for: being 1, a multiple of 16, and its width."""
+    return size == 1, size % 16 == 0, -(2**31) <= size < 2**31, size < 2**63
+
+
+class Launch:
+    """A kernel with its grid, sizes and options; called with its leading arguments, it is launched.
 
     Args:
-        kernel: a `triton.jit` function.
-        grid (tuple[int, ...]): programs in each dimension.
+        kernel: a `triton.jit` function, its parameters in this order: tensors and other run-time arguments,
+            sizes, constexpr.
+        grid (tuple[int, ...]): programs in each dimension, one or two of them or three.
         device (torch.device): where the tensors are.
-        *args: the kernel's run-time arguments, in order.
+        *sizes: the kernel's integers.
         **options: its constexpr parameters, and launch options.
     """
-    if device.type != "cuda":  # the interpreter
-        kernel[grid](*args, **options)
-        return
-    if device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(kernel, grid, device, *args, **options)
-        return
-    # id(), since a JITFunction computes its hash at every call; those kept in the table never die.
-    key: list[Any] = [id(kernel), device.index, *options.values()]
-    for a in args:
-        kind = type(a)
-        if kind is int or a is None:
-            key.append(a)
-        elif kind is TensorDescriptor:
-            key.append(a.base.dtype)
-        elif kind is float:  # never specialised on
-            key.append(float)
-        else:
-            key.append(a.dtype)
-            key.append(a.data_ptr() & 15 == 0)
-    signature = tuple(key)
-    found = _compiled.get(signature)
-    hook = knobs.runtime.launch_enter_hook  # a profiler's; a function in Triton 3.4, then a chain
-    if found is None or (hook is not None and getattr(hook, "calls", True)):
-        made = kernel[grid](*args, **options)
-        names = getattr(kernel, "arg_names", None)
+
+    __slots__ = ("_constants", "_device", "_found", "_grid", "_kernel", "_options", "_sizes")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        *sizes: int,
+        **options: Any,
+    ) -> None:
+        """Prepare what calls have in common."""
+        self._kernel, self._device, self._sizes, self._options = kernel, device, sizes, options
+        self._grid = (*grid, 1, 1)[:3]
+        self._found: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+        self._constants: tuple[Any, ...] | None = None
+
+    def __call__(self, *args: Any) -> None:
+        """Launch on the current stream of the device: ``kernel[grid](*args, *sizes, **options)``."""
+        device = self._device
+        if device.type != "cuda":
+            with _interpreter:
+                _compile_and_run(self._kernel, self._grid, (*args, *self._sizes), self._options)
+            return
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(*args)
+            return
+        key: list[Any] = []
+        for a in args:
+            kind = type(a)
+            if kind is TensorDescriptor:
+                key.append(a.base.dtype)
+            elif kind is float:  # never specialised on
+                key.append(float)
+            elif a is None:
+                key.append(None)
+            elif kind is int:
+                key.append(_specialised(a))
+            else:
+                key.append(a.dtype)
+                key.append(a.data_ptr() & 15 == 0)
+        signature = tuple(key)
+        found = self._found.get(signature)
+        hook = (
+            knobs.runtime.launch_enter_hook
+        )  # a profiler's; a function in Triton 3.4, then a chain
+        if found is None or (hook is not None and getattr(hook, "calls", True)):
+            self._launch_anew(signature, args)
+            return
+        run, function, metadata = found
+        x, y, z = self._grid
+        run(
+            x, y, z, torch._C._cuda_getCurrentRawStream(device.index), function, metadata,
+            None, None, None, *args, *self._sizes, *self._constants,  # type: ignore[misc]
+        )  # fmt: skip
+
+    def _launch_anew(self, signature: tuple[Any, ...], args: tuple[Any, ...]) -> None:
+        """Launch through Triton, which compiles, unless another shape has compiled the same already."""
+        names = getattr(self._kernel, "arg_names", None)
+        sizes = tuple(map(_specialised, self._sizes))
+        # id(), since a JITFunction computes its hash at every call; those kept in the table never die.
+        everything = (
+            id(self._kernel), self._device.index, signature, sizes, *self._options.items()
+        )  # fmt: skip
+        hook = knobs.runtime.launch_enter_hook
+        profiled = hook is not None and getattr(hook, "calls", True)
+        if everything in _compiled and not profiled:
+            self._remember(signature, _compiled[everything], names, len(args))
+            self(*args)
+            return
+        made = _compile_and_run(self._kernel, self._grid, (*args, *self._sizes), self._options)
         if names is not None:
-            if len(_compiled) >= _MAX_KERNELS:
+            if len(_compiled) >= _MAX_COMPILED:
                 _compiled.clear()
-            constants = tuple(options[name] for name in names[len(args) :])
-            _compiled[signature] = (made.run, made.function, made.packed_metadata, constants)
-        return
-    run, function, metadata, constants = found
-    run(
-        grid[0],
-        grid[1] if len(grid) > 1 else 1,
-        1,
-        torch._C._cuda_getCurrentRawStream(device.index),
-        function,
-        metadata,
-        None,
-        None,
-        None,
-        *args,
-        *constants,
-    )
+            _compiled[everything] = made.run, made.function, made.packed_metadata
+            self._remember(signature, _compiled[everything], names, len(args))
+
+    def _remember(
+        self, signature: tuple[Any, ...], compiled: tuple[Any, Any, Any], names: Any, given: int
+    ) -> None:
+        self._constants = tuple(self._options[name] for name in names[given + len(self._sizes) :])
+        self._found[signature] = compiled

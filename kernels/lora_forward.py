@@ -10,20 +10,21 @@ from torch import Tensor
 from .common import (
     add_bias,
     add_rank_product,
+    aligned,
     device_properties,
     dot,
     dot_precision,
-    fits_tma,
     for_tma,
     has_pdl,
     has_tma,
+    rows_fit_tma,
     store_tile,
     strides,
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
-from .launch import descriptor, launch
+from .config import LaunchConfig, cdiv, gemm_pointer_config, gemm_tma_config, rank_step
+from .launch import Launch, cached_plan, descriptor
 
 
 @triton.jit
@@ -98,6 +99,47 @@ def _lora_forward_pointer_kernel(
     )
 
 
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    w_shape: tuple[int, ...],
+    w_stride: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    b_stride: tuple[int, ...],
+    s_stride: int,
+    device: torch.device,
+    has_bias: bool,
+    is_aligned: bool,
+    precision: str,
+) -> tuple[LaunchConfig | None, Launch]:
+    """The launch, and for the TMA kernel the tiles that its descriptors need."""
+    (M, K), (N, R), itemsize = shape, b_shape, dtype.itemsize
+    major, num_sms = device_properties(device)
+    options = {"HAS_BIAS": has_bias, "PRECISION": precision}
+    dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma(w_shape, w_stride, itemsize)
+    if has_tma(major) and precision == "tf32" and is_aligned and dense and N * itemsize % 16 == 0:
+        pdl = has_pdl(device)
+        c = gemm_tma_config(M, N, itemsize, num_sms)
+        tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
+        return c, Launch(
+            _lora_forward_tma_kernel, (min(num_sms, tiles),), device, M, N, K, R,
+            BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
+            SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
+            PDL=pdl, launch_pdl=pdl, **options,
+        )  # fmt: skip
+    c, block_r = gemm_pointer_config(itemsize, precision), rank_step(R, itemsize)
+    return None, Launch(
+        _lora_forward_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
+        M, N, K, R, *strides(shape, stride), *strides(w_shape, w_stride),
+        s_stride, *strides(b_shape, b_stride),
+        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
+        R_STEPS=cdiv(R, block_r), BLOCK_R=block_r,
+        num_warps=c.num_warps, num_stages=c.num_stages, **options,
+    )  # fmt: skip
+
+
 def lora_forward(
     x: Tensor, weight: Tensor, s: Tensor, lora_B: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -113,36 +155,21 @@ def lora_forward(
     Returns:
         Tensor: ``[M, N]``.
     """
-    (M, K), N, R = x.shape, weight.shape[0], lora_B.shape[1]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    precision = dot_precision(x.dtype, K)
-    major, num_sms = device_properties(x.device)
-    options = {"HAS_BIAS": bias is not None, "PRECISION": precision}
-    if has_tma(major) and precision == "tf32" and fits_tma(x, weight, y):
-        pdl = has_pdl(x.device)
-        c = gemm_tma_config(M, N, x.element_size(), num_sms)
-        tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
-        launch(
-            _lora_forward_tma_kernel, (min(num_sms, tiles),), x.device,
-            descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
-            descriptor(weight, [c.BLOCK_N, c.BLOCK_K]),
-            descriptor(for_tma(s, x.dtype), [c.BLOCK_M, c.BLOCK_K]),
-            descriptor(for_tma(lora_B, x.dtype), [c.BLOCK_N, c.BLOCK_K]),
-            descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
-            bias, M, N, K, R,
-            BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-            SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
-            PDL=pdl, launch_pdl=pdl, **options,
-        )  # fmt: skip
-        return y
-    c, block_r = gemm_pointer_config(x.element_size(), precision), rank_step(R, x.element_size())
-    launch(
-        _lora_forward_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), x.device,
-        x, weight, y, s, lora_B, bias, M, N, K, R,
-        *strides(x), *strides(weight),
-        s.stride(0), *strides(lora_B),
-        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-        R_STEPS=cdiv(R, block_r), BLOCK_R=block_r,
-        num_warps=c.num_warps, num_stages=c.num_stages, **options,
+    (M, K), N = x.shape, weight.shape[0]
+    c, launch = _plan(
+        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), lora_B.shape, lora_B.stride(),
+        s.stride(0), x.device, bias is not None, aligned(x, weight), dot_precision(x.dtype, K),
     )  # fmt: skip
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if c is None:
+        launch(x, weight, y, s, lora_B, bias)
+        return y
+    launch(
+        descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
+        descriptor(weight, [c.BLOCK_N, c.BLOCK_K]),
+        descriptor(for_tma(s, x.dtype), [c.BLOCK_M, c.BLOCK_K]),
+        descriptor(for_tma(lora_B, x.dtype), [c.BLOCK_N, c.BLOCK_K]),
+        descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
+        bias,
+    )
     return y

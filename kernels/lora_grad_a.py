@@ -10,7 +10,7 @@ from torch import Tensor
 from .common import device_properties, dot, dot_precision, strides
 from .config import cdiv, grad_a_config, rank_block
 from .dropout import load_keep
-from .launch import launch
+from .launch import Launch, cached_plan
 from .reduce import sum_splits
 
 
@@ -56,6 +56,32 @@ def _lora_grad_a_kernel(
     )
 
 
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    R: int,
+    ds_stride: int,
+    device: torch.device,
+    has_dropout: bool,
+    precision: str,
+) -> tuple[int, Launch]:
+    """The number of splits and the launch."""
+    M, K = shape
+    num_sms = device_properties(device)[1]
+    c = grad_a_config(M, K, R, dtype.itemsize, num_sms, precision, has_dropout)
+    rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
+    splits = cdiv(M, rows_per_split)
+    return splits, Launch(
+        _lora_grad_a_kernel, (cdiv(K, c.BLOCK_C), splits), device,
+        M, K, R, rows_per_split, *strides(shape, stride), ds_stride,
+        HAS_DROPOUT=has_dropout, PRECISION=precision,
+        BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
 def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``dA = ds^T (mask * x)``; with ``x=dy, ds=s`` it is dB transposed.
 
@@ -68,22 +94,16 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) 
     Returns:
         Tensor: ``[R, K]``, contiguous. Sums go in a fixed order: bit-identical from run to run.
     """
-    (M, K), R = x.shape, ds.shape[1]
-    precision, num_sms = dot_precision(x.dtype), device_properties(x.device)[1]
-    c = grad_a_config(M, K, R, x.element_size(), num_sms, precision, mask is not None)
-    rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
-    splits = cdiv(M, rows_per_split)
+    R, K = ds.shape[1], x.shape[1]
+    splits, launch = _plan(
+        x.shape, x.stride(), x.dtype, R, ds.stride(0), x.device,
+        mask is not None, dot_precision(x.dtype),
+    )  # fmt: skip
     out = torch.empty((R, K), dtype=dtype, device=x.device)
     parts = (
         out if splits == 1 else torch.empty((splits, R, K), dtype=torch.float32, device=x.device)
     )
-    launch(
-        _lora_grad_a_kernel, (cdiv(K, c.BLOCK_C), splits), x.device,
-        x, ds, mask, parts, M, K, R, rows_per_split, *strides(x), ds.stride(0),
-        HAS_DROPOUT=mask is not None, PRECISION=precision,
-        BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
-        num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
+    launch(x, ds, mask, parts)
     if splits > 1:
         sum_splits(parts, out)
     return out

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_properties, dot, dot_precision, empty_rows, strides
+from .common import device_properties, dot, dot_precision, empty_rows, padded_columns, strides
 from .config import cdiv, grad_b_config, keep_scale, rank_block
-from .launch import launch
+from .launch import Launch, cached_plan
 from .lora_grad_a import lora_grad_a
 from .lora_shrink import lora_shrink
 from .reduce import sum_splits
@@ -59,6 +59,35 @@ def _lora_grad_b_kernel(
     )
 
 
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    R: int,
+    b_stride: tuple[int, ...],
+    s_stride: int,
+    device: torch.device,
+    precision: str,
+) -> tuple[int, int, int, Launch] | None:
+    """Blocks of columns, splits of rows, the row stride of ds, and the launch; ``None``: two passes."""
+    (M, N), num_sms = shape, device_properties(device)[1]
+    c = grad_b_config(M, N, R, dtype.itemsize, num_sms)
+    if c is None:
+        return None
+    rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
+    splits, column_blocks = cdiv(M, rows_per_split), cdiv(N, c.BLOCK_C)
+    padded = padded_columns(R, dtype.itemsize)
+    return column_blocks, splits, padded, Launch(
+        _lora_grad_b_kernel, (column_blocks, splits), device,
+        M, N, R, rows_per_split, *strides(shape, stride), s_stride, padded,
+        *strides((N, R), b_stride),
+        PRECISION=precision,
+        BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
 def lora_grad_b(
     dy: Tensor,
     s: Tensor,
@@ -85,26 +114,20 @@ def lora_grad_b(
         wanted. Sums go in a fixed order: bit-identical from run to run.
     """
     (M, N), R = dy.shape, lora_B.shape[1]
-    c = grad_b_config(M, N, R, dy.element_size(), device_properties(dy.device)[1])
-    if c is None or not (need_ds and need_db):
+    plan = _plan(
+        dy.shape, dy.stride(), dy.dtype, R, lora_B.stride(), 0 if s is None else s.stride(0),
+        dy.device, dot_precision(dy.dtype),
+    )  # fmt: skip
+    if plan is None or not (need_ds and need_db):
         factor = keep_scale(dropout_p)
         ds = lora_shrink(dy, lora_B.t(), scaling, factor=factor)[0] if need_ds else None
         db = lora_grad_a(dy, s, None, lora_B.dtype).t() if need_db else None
         return ds, db
-    rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
-    splits, column_blocks = cdiv(M, rows_per_split), cdiv(N, c.BLOCK_C)
+    column_blocks, splits, padded, launch = plan
     ds = empty_rows(M, R, dy.dtype, dy.device)
     db = torch.empty((N, R), dtype=lora_B.dtype, device=dy.device)
-    ds_parts = dy.new_empty((column_blocks, M, ds.stride(0)), dtype=torch.float32)
+    ds_parts = dy.new_empty((column_blocks, M, padded), dtype=torch.float32)
     db_parts = dy.new_empty((splits, N, R), dtype=torch.float32)
-    launch(
-        _lora_grad_b_kernel, (column_blocks, splits), dy.device,
-        dy, s, lora_B, ds_parts, db_parts, M, N, R, rows_per_split,
-        *strides(dy), s.stride(0), ds.stride(0),
-        *strides(lora_B),
-        PRECISION=dot_precision(dy.dtype),
-        BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
-        num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
+    launch(dy, s, lora_B, ds_parts, db_parts)
     sum_splits(ds_parts, ds, scaling, keep_scale(dropout_p), other=(db_parts, db))
     return ds, db

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from .common import (
     add_rank_product,
+    aligned,
     device_properties,
     dot,
     dot_precision,
-    fits_tma,
     for_tma,
     has_pdl,
     has_tma,
+    rows_fit_tma,
     store_tile,
     strides,
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import cdiv, gemm_pointer_config, gemm_tma_config, rank_step
+from .config import LaunchConfig, cdiv, gemm_pointer_config, gemm_tma_config, rank_step
 from .dropout import load_keep
-from .launch import descriptor, launch
+from .launch import Launch, cached_plan, descriptor
 
 
 @triton.jit
@@ -146,6 +147,54 @@ def _lora_grad_x_pointer_kernel(
     )
 
 
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    w_stride: tuple[int, ...],
+    a_shape: tuple[int, ...],
+    a_stride: tuple[int, ...],
+    ds_stride: int,
+    device: torch.device,
+    has_dropout: bool,
+    is_aligned: bool,
+    precision: str,
+) -> tuple[LaunchConfig | None, Launch]:
+    """The launch, and for the TMA kernels the tiles that their descriptors need."""
+    (M, N), (R, K), itemsize = shape, a_shape, dtype.itemsize
+    major, num_sms = device_properties(device)
+    dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma((N, K), w_stride, itemsize)
+    fits = is_aligned and dense and K * itemsize % 16 == 0
+    by_tma = has_tma(major) and precision == "tf32" and fits
+    c = (
+        gemm_tma_config(M, K, itemsize, num_sms, R if has_dropout else None)
+        if by_tma
+        else gemm_pointer_config(itemsize, precision)
+    )
+    options: dict[str, Any] = {
+        "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M,
+        "num_warps": c.num_warps, "num_stages": c.num_stages, "PRECISION": precision,
+    }  # fmt: skip
+    tiles = cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)
+    ranks = {"R_STEPS": cdiv(R, rank_step(R, itemsize)), "BLOCK_R": rank_step(R, itemsize)}
+    sizes, a_strides = (M, N, K, R), strides(a_shape, a_stride)
+    if not by_tma:
+        return None, Launch(
+            _lora_grad_x_pointer_kernel, (tiles,), device, *sizes,
+            *strides(shape, stride), *strides((N, K), w_stride), ds_stride, *a_strides,
+            HAS_DROPOUT=has_dropout, **ranks, **options,
+        )  # fmt: skip
+    pdl, grid = has_pdl(device), (min(num_sms, tiles),)
+    options |= {"SUBTILES": c.SUBTILES, "PDL": pdl, "launch_pdl": pdl}
+    if has_dropout:
+        return c, Launch(
+            _lora_grad_x_dropout_kernel, grid, device, *sizes, ds_stride, *a_strides,
+            **ranks, **options,
+        )  # fmt: skip
+    return c, Launch(_lora_grad_x_tma_kernel, grid, device, *sizes, **options)
+
+
 def lora_grad_x(
     dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None = None
 ) -> Tensor:
@@ -161,48 +210,22 @@ def lora_grad_x(
     Returns:
         Tensor: ``[M, K]``.
     """
-    (M, N), (R, K) = dy.shape, lora_A.shape
+    (M, N), K = dy.shape, lora_A.shape[1]
+    c, launch = _plan(
+        dy.shape, dy.stride(), dy.dtype, weight.stride(), lora_A.shape, lora_A.stride(),
+        ds.stride(0), dy.device, mask is not None, aligned(dy, weight), dot_precision(dy.dtype, N),
+    )  # fmt: skip
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    itemsize, precision = dy.element_size(), dot_precision(dy.dtype, N)
-    major, num_sms = device_properties(dy.device)
-    options: dict[str, Any] = {"PRECISION": precision}
-    pointer = not (has_tma(major) and precision == "tf32" and fits_tma(dy, weight, dx))
-    c = (
-        gemm_pointer_config(itemsize, precision)
-        if pointer
-        else gemm_tma_config(M, K, itemsize, num_sms, R if mask is not None else None)
-    )
-    options |= {
-        "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M,
-        "num_warps": c.num_warps, "num_stages": c.num_stages,
-    }  # fmt: skip
-    tiles = cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)
-    ranks = {"R_STEPS": cdiv(R, rank_step(R, itemsize)), "BLOCK_R": rank_step(R, itemsize)}
-    if pointer:
-        launch(
-            _lora_grad_x_pointer_kernel, (tiles,), dy.device,
-            dy, weight, dx, ds, lora_A, mask, M, N, K, R,
-            *strides(dy), *strides(weight),
-            ds.stride(0), *strides(lora_A),
-            HAS_DROPOUT=mask is not None, **ranks, **options,
-        )  # fmt: skip
+    if c is None:
+        launch(dy, weight, dx, ds, lora_A, mask)
         return dx
-    options |= {"SUBTILES": c.SUBTILES, "PDL": has_pdl(dy.device), "launch_pdl": has_pdl(dy.device)}
     dy_desc = descriptor(dy, [c.BLOCK_M, c.BLOCK_K])
     w_desc = descriptor(weight, [c.BLOCK_K, c.BLOCK_N])
     dx_desc = descriptor(dx, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES])
     if mask is not None:
-        launch(
-            _lora_grad_x_dropout_kernel, (min(num_sms, tiles),), dy.device,
-            dy_desc, w_desc, dx_desc, ds, lora_A, mask, M, N, K, R,
-            ds.stride(0), *strides(lora_A),
-            **ranks, **options,
-        )  # fmt: skip
+        launch(dy_desc, w_desc, dx_desc, ds, lora_A, mask)
         return dx
     ds_desc = descriptor(for_tma(ds, dy.dtype), [c.BLOCK_M, c.BLOCK_K])
     a_desc = descriptor(for_tma(lora_A, dy.dtype), [c.BLOCK_K, c.BLOCK_N])
-    launch(
-        _lora_grad_x_tma_kernel, (min(num_sms, tiles),), dy.device,
-        dy_desc, w_desc, ds_desc, a_desc, dx_desc, M, N, K, R, **options,
-    )  # fmt: skip
+    launch(dy_desc, w_desc, ds_desc, a_desc, dx_desc)
     return dx

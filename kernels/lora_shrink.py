@@ -14,11 +14,12 @@ from .common import (
     has_pdl,
     let_next_kernel_start,
     load_scaling,
+    padded_columns,
     strides,
 )
 from .config import cdiv, dropout_threshold, keep_scale, rank_block, shrink_config
 from .dropout import keep_bits, unpack_bits
-from .launch import launch
+from .launch import Launch, cached_plan
 
 
 @triton.jit
@@ -70,6 +71,29 @@ def _lora_shrink_kernel(
     )
 
 
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    R: int,
+    a_stride: tuple[int, ...],
+    device: torch.device,
+    scaling_is_tensor: bool,
+    has_dropout: bool,
+    precision: str,
+) -> Launch:
+    M, K = shape
+    c = shrink_config(dtype.itemsize, R, precision, has_dropout)
+    return Launch(
+        _lora_shrink_kernel, (cdiv(M, c.BLOCK_M),), device,
+        M, K, R, *strides(shape, stride), *strides((R, K), a_stride), padded_columns(R, dtype.itemsize),
+        SCALING_IS_TENSOR=scaling_is_tensor, HAS_DROPOUT=has_dropout, PRECISION=precision,
+        BLOCK_M=c.BLOCK_M, BLOCK_K=c.BLOCK_K, BLOCK_R=rank_block(R),
+        num_warps=c.num_warps, num_stages=c.num_stages, PDL=has_pdl(device),
+    )  # fmt: skip
+
+
 def lora_shrink(
     x: Tensor,
     lora_A: Tensor,
@@ -93,19 +117,15 @@ def lora_shrink(
         ``[M, ceil(K / 8)]`` (bit ``k % 8`` of byte ``k // 8`` is 1 where kept), ``None`` without dropout.
     """
     (M, K), R = x.shape, lora_A.shape[0]
-    precision = dot_precision(x.dtype)
     has_dropout = dropout_threshold(dropout_p) > 0  # a tiny p rounds to none
-    config = shrink_config(x.element_size(), R, precision, has_dropout)
+    launch = _plan(
+        x.shape, x.stride(), x.dtype, R, lora_A.stride(), x.device,
+        isinstance(scaling, Tensor), has_dropout, dot_precision(x.dtype),
+    )  # fmt: skip
     s = empty_rows(M, R, x.dtype, x.device)
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
     launch(
-        _lora_shrink_kernel, (cdiv(M, config.BLOCK_M),), x.device,
-        x, lora_A, s, mask, scaling, seed, dropout_threshold(dropout_p),
-        keep_scale(dropout_p) * factor, M, K, R,
-        *strides(x), *strides(lora_A), s.stride(0),
-        SCALING_IS_TENSOR=isinstance(scaling, Tensor), HAS_DROPOUT=has_dropout,
-        PRECISION=precision,
-        BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=rank_block(R),
-        num_warps=config.num_warps, num_stages=config.num_stages, PDL=has_pdl(x.device),
+        x, lora_A, s, mask, scaling, seed,
+        dropout_threshold(dropout_p), keep_scale(dropout_p) * factor,
     )  # fmt: skip
     return s, mask

@@ -14,13 +14,14 @@ from torch import Tensor
 from .common import (
     add_bias,
     add_rank_product,
+    aligned,
     device_properties,
     dot,
     dot_precision,
-    fits_tma,
     has_pdl,
     has_tma,
     rank_of,
+    rows_fit_tma,
     store_tile,
     strides,
     tile_of,
@@ -35,7 +36,7 @@ from .config import (
     rank_step,
 )
 from .dropout import load_keep
-from .launch import descriptor, launch
+from .launch import Launch, cached_plan, descriptor
 
 
 @triton.jit
@@ -171,7 +172,35 @@ def _lora_multi_gemm_pointer_kernel(
     )
 
 
-def multi_gemm_plan(
+@cached_plan
+def _tiles(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    w_shape: tuple[int, ...],
+    w_stride: tuple[int, ...],
+    device: torch.device,
+    masked_rank: int | None,
+    is_aligned: bool,
+    precision: str,
+) -> tuple[str, LaunchConfig]:
+    (M, _), (N, K), itemsize = shape, w_shape, dtype.itemsize
+    major, num_sms = device_properties(device)
+    if masked_rank is None and precision == "tf32":
+        decode = multi_decode_config(M, N, itemsize, num_sms)
+        if decode is not None:
+            return "decode", decode
+    dense = rows_fit_tma(w_shape, w_stride, itemsize) or rows_fit_tma(
+        (K, N), w_stride[::-1], itemsize
+    )
+    # The product's own rows, y, are as aligned as N is.
+    fits = dense and rows_fit_tma(shape, stride, itemsize) and N * itemsize % 16 == 0
+    if has_tma(major) and precision == "tf32" and is_aligned and fits:
+        return "tma", multi_gemm_tma_config(M, N, itemsize, num_sms, masked_rank)
+    return "pointer", gemm_pointer_config(itemsize, precision)
+
+
+def multi_gemm_tiles(
     x: Tensor, weight: Tensor, masked_rank: int | None = None
 ) -> tuple[str, LaunchConfig]:
     """Which of the two kernels computes ``x weight^T``, and its tiles: the caller routes by BLOCK_M.
@@ -184,18 +213,52 @@ def multi_gemm_plan(
     Returns:
         tuple: ``"decode"``, ``"tma"`` or ``"pointer"``, and the launch configuration.
     """
-    (M, K), N = x.shape, weight.shape[0]
-    itemsize, precision = x.element_size(), dot_precision(x.dtype, K)
-    major, num_sms = device_properties(x.device)
-    if masked_rank is None and precision == "tf32":
-        decode = multi_decode_config(M, N, itemsize, num_sms)
-        if decode is not None:
-            return "decode", decode
-    dense = weight if weight.stride(1) == 1 else weight.t()
-    # The product's own rows, y, are as aligned as N is.
-    if has_tma(major) and precision == "tf32" and fits_tma(x, dense) and N * itemsize % 16 == 0:
-        return "tma", multi_gemm_tma_config(M, N, itemsize, num_sms, masked_rank)
-    return "pointer", gemm_pointer_config(itemsize, precision)
+    return _tiles(
+        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), x.device, masked_rank,
+        aligned(x, weight), dot_precision(x.dtype, x.shape[1]),
+    )  # fmt: skip
+
+
+@cached_plan
+def _plan(
+    kind: str,
+    c: LaunchConfig,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    w_stride: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    b_stride: tuple[int, ...],
+    s_shape: tuple[int, ...],
+    s_stride: tuple[int, ...],
+    device: torch.device,
+    width: int,
+    has_bias: bool,
+    has_dropout: bool,
+    precision: str,
+) -> Launch:
+    (M, K), (_, N, R) = shape, b_shape
+    num_sms = device_properties(device)[1]
+    tiles, pdl = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N), kind != "pointer" and has_pdl(device)
+    block_r = min(rank_step(R, dtype.itemsize), 32)  # adapters of lower rank pad less
+    options = {
+        "HAS_BIAS": has_bias, "HAS_DROPOUT": has_dropout, "PRECISION": precision,
+        "PDL": pdl, "launch_pdl": pdl, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
+        "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M, "BLOCK_R": block_r,
+        "num_warps": c.num_warps, "num_stages": c.num_stages,
+    }  # fmt: skip
+    b_strides = strides(b_shape, b_stride)
+    if kind == "tma":
+        return Launch(
+            _lora_multi_gemm_tma_kernel, (min(num_sms, tiles),), device,
+            M, N, K, R, width, s_stride[1], *b_strides,
+            W_IS_NK=w_stride[1] == 1, SUBTILES=c.SUBTILES, **options,
+        )  # fmt: skip
+    return Launch(
+        _lora_multi_gemm_pointer_kernel, (tiles,), device,
+        M, N, K, R, width, *strides(shape, stride), *strides((N, K), w_stride), *s_stride[:2],
+        *b_strides, PARTS=s_shape[0], **options,
+    )  # fmt: skip
 
 
 def lora_multi_gemm(
@@ -205,7 +268,7 @@ def lora_multi_gemm(
     lora_B: Tensor,
     ranks: Tensor | None,
     routing: tuple[Tensor, Tensor],
-    plan: tuple[str, LaunchConfig],
+    tiles: tuple[str, LaunchConfig],
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -219,44 +282,32 @@ def lora_multi_gemm(
         s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink` gives it.
         lora_B (Tensor): ``[L, N, R]``, any strides, cast to the dtype of x for the product.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
-        routing (tuple): ``ids [M]`` and the slots of tiles of the plan's BLOCK_M rows.
-        plan (tuple): of `multi_gemm_plan`.
+        routing (tuple): ``ids [M]`` and the slots of tiles of BLOCK_M rows.
+        tiles (tuple): of `multi_gemm_tiles`.
         bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
         mask (Tensor | None): packed keep mask ``[M, ceil(N / 8)]``. Default: ``None``.
 
     Returns:
         Tensor: ``[M, N]``.
     """
-    (M, K), (_, N, R) = x.shape, lora_B.shape
-    kind, c = plan
-    ids, slots = routing
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    _, num_sms = device_properties(x.device)
-    tiles, pdl = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N), kind != "pointer" and has_pdl(x.device)
-    options = {
-        "HAS_BIAS": bias is not None, "HAS_DROPOUT": mask is not None,
-        "PRECISION": dot_precision(x.dtype, K), "PDL": pdl, "launch_pdl": pdl,
-        "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M,
-        "BLOCK_R": min(rank_step(R, x.element_size()), 32),  # adapters of lower rank pad less
-        "num_warps": c.num_warps, "num_stages": c.num_stages,
-    }  # fmt: skip
-    if kind == "tma":
-        by_row = weight.stride(1) == 1
-        launch(
-            _lora_multi_gemm_tma_kernel, (min(num_sms, tiles),), x.device,
-            descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
-            descriptor(weight, [c.BLOCK_N, c.BLOCK_K]) if by_row
-            else descriptor(weight.t(), [c.BLOCK_K, c.BLOCK_N]),
-            descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
-            s, lora_B, bias, mask, ids, slots, ranks, M, N, K, R, slots.shape[1],
-            s.stride(1), *strides(lora_B),
-            W_IS_NK=by_row, SUBTILES=c.SUBTILES, **options,
-        )  # fmt: skip
+    (kind, c), (ids, slots) = tiles, routing
+    launch = _plan(
+        kind, c, x.shape, x.stride(), x.dtype, weight.stride(), lora_B.shape, lora_B.stride(),
+        s.shape, s.stride(), x.device, slots.shape[1], bias is not None, mask is not None,
+        dot_precision(x.dtype, x.shape[1]),
+    )  # fmt: skip
+    y = torch.empty((x.shape[0], lora_B.shape[1]), dtype=x.dtype, device=x.device)
+    if kind != "tma":
+        launch(x, weight, y, s, lora_B, bias, mask, ids, slots, ranks)
         return y
+    if weight.stride(1) == 1:
+        w_desc = descriptor(weight, [c.BLOCK_N, c.BLOCK_K])
+    else:
+        w_desc = descriptor(weight.t(), [c.BLOCK_K, c.BLOCK_N])
     launch(
-        _lora_multi_gemm_pointer_kernel, (tiles,), x.device,
-        x, weight, y, s, lora_B, bias, mask, ids, slots, ranks, M, N, K, R, slots.shape[1],
-        *strides(x), *strides(weight), s.stride(0), s.stride(1), *strides(lora_B),
-        PARTS=s.shape[0], **options,
+        descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
+        w_desc,
+        descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
+        s, lora_B, bias, mask, ids, slots, ranks,
     )  # fmt: skip
     return y

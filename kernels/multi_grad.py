@@ -10,7 +10,7 @@ from torch import Tensor
 from .common import device_properties, dot, dot_precision, rank_of, strides
 from .config import cdiv, multi_grad_config, rank_block
 from .dropout import load_keep
-from .launch import launch
+from .launch import Launch, cached_plan
 from .reduce import sum_splits
 
 
@@ -64,6 +64,30 @@ def _lora_multi_grad_kernel(
         )
 
 
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    out_shape: tuple[int, ...],
+    ds_stride: int,
+    device: torch.device,
+    num_segments: int,
+    has_dropout: bool,
+    precision: str,
+) -> tuple[int, Launch]:
+    """The number of splits and the launch."""
+    (M, K), (L, R, _), num_sms = shape, out_shape, device_properties(device)[1]
+    c = multi_grad_config(M, K, R, L, dtype.itemsize, num_sms, precision)
+    return c.row_splits, Launch(
+        _lora_multi_grad_kernel, (cdiv(K, c.BLOCK_C), num_segments, c.row_splits), device,
+        M, K, R, L * R * K, *strides(shape, stride), ds_stride,
+        HAS_DROPOUT=has_dropout, PRECISION=precision, SPLITS=c.row_splits,
+        BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
 def lora_multi_grad(
     x: Tensor,
     ds: Tensor,
@@ -88,25 +112,17 @@ def lora_multi_grad(
         Tensor: ``[L, R, K]``, zeros for adapters that do not occur and past an adapter's rank. Sums go in a
         fixed order: bit-identical from run to run.
     """
-    (M, K), R = x.shape, ds.shape[1]
+    shape = (num_adapters, ds.shape[1], x.shape[1])
     order, sorted_ids, segments = routing
-    precision, num_sms = dot_precision(x.dtype), device_properties(x.device)[1]
-    c = multi_grad_config(M, K, R, num_adapters, x.element_size(), num_sms, precision)
-    shape = (num_adapters, R, K)
+    splits, launch = _plan(
+        x.shape, x.stride(), x.dtype, shape, ds.stride(0), x.device,
+        segments.shape[0] - 1, mask is not None, dot_precision(x.dtype),
+    )  # fmt: skip
     out = torch.zeros(shape, dtype=dtype, device=x.device)
     parts = (
-        out
-        if c.row_splits == 1
-        else torch.zeros((c.row_splits, *shape), dtype=torch.float32, device=x.device)
+        out if splits == 1 else torch.zeros((splits, *shape), dtype=torch.float32, device=x.device)
     )
-    launch(
-        _lora_multi_grad_kernel, (cdiv(K, c.BLOCK_C), segments.shape[0] - 1, c.row_splits), x.device,
-        x, ds, mask, parts, order, sorted_ids, segments, ranks,
-        M, K, R, out.numel(), *strides(x), ds.stride(0),
-        HAS_DROPOUT=mask is not None, PRECISION=precision, SPLITS=c.row_splits,
-        BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
-        num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-    if c.row_splits > 1:
+    launch(x, ds, mask, parts, order, sorted_ids, segments, ranks)
+    if splits > 1:
         sum_splits(parts, out)
     return out

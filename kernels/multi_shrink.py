@@ -13,12 +13,13 @@ from .common import (
     empty_rows,
     has_pdl,
     let_next_kernel_start,
+    padded_columns,
     rank_of,
     strides,
 )
 from .config import cdiv, dropout_threshold, keep_scale, multi_shrink_config
 from .dropout import keep_bits, unpack_bits
-from .launch import launch
+from .launch import Launch, cached_plan
 
 
 @triton.jit
@@ -85,6 +86,34 @@ def _lora_multi_shrink_kernel(
             )
 
 
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    a_shape: tuple[int, ...],
+    a_stride: tuple[int, ...],
+    device: torch.device,
+    blocks: int,
+    block_m: int,
+    parts: int,
+    has_dropout: bool,
+    precision: str,
+) -> Launch:
+    (M, K), R = shape, a_shape[1]
+    c = multi_shrink_config(dtype.itemsize, R, precision, block_m)
+    split_k = cdiv(cdiv(K, parts), c.BLOCK_K) * c.BLOCK_K
+    s_stride = padded_columns(R, dtype.itemsize if parts == 1 else 4)
+    return Launch(
+        _lora_multi_shrink_kernel, (blocks, cdiv(R, c.BLOCK_N), parts), device,
+        M, K, R, split_k, *strides(shape, stride), *strides(a_shape, a_stride),
+        M * s_stride, s_stride,
+        HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=has_pdl(device),
+        BLOCK_M=block_m, BLOCK_K=c.BLOCK_K, BLOCK_R=c.BLOCK_N,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
 def lora_multi_shrink(
     x: Tensor,
     lora_A: Tensor,
@@ -119,21 +148,14 @@ def lora_multi_shrink(
     (M, K), R = x.shape, lora_A.shape[1]
     order, sorted_ids, starts = routing
     has_dropout = dropout_threshold(dropout_p) > 0
-    precision = dot_precision(x.dtype)
-    config = multi_shrink_config(x.element_size(), R, precision, block_m)
-    block_r = config.BLOCK_N
-    split_k = cdiv(cdiv(K, parts), config.BLOCK_K) * config.BLOCK_K
-    s = empty_rows(parts * M, R, x.dtype if parts == 1 else torch.float32, x.device)
-    s = s.unflatten(0, (parts, M))
-    mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
-    pdl = has_pdl(x.device)
-    launch(
-        _lora_multi_shrink_kernel, (starts.shape[0], cdiv(R, block_r), parts), x.device,
-        x, lora_A, s, mask, order, sorted_ids, starts, scaling, ranks, seed,
-        dropout_threshold(dropout_p), keep_scale(dropout_p) * factor, M, K, R, split_k,
-        *strides(x), *strides(lora_A), s.stride(0), s.stride(1),
-        HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=pdl,
-        BLOCK_M=block_m, BLOCK_K=config.BLOCK_K, BLOCK_R=block_r,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    launch = _plan(
+        x.shape, x.stride(), x.dtype, lora_A.shape, lora_A.stride(), x.device,
+        starts.shape[0], block_m, parts, has_dropout, dot_precision(x.dtype),
     )  # fmt: skip
-    return s, mask
+    s = empty_rows(parts * M, R, x.dtype if parts == 1 else torch.float32, x.device)
+    mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
+    launch(
+        x, lora_A, s, mask, order, sorted_ids, starts, scaling, ranks, seed,
+        dropout_threshold(dropout_p), keep_scale(dropout_p) * factor,
+    )  # fmt: skip
+    return s.view(parts, M, -1) if s.is_contiguous() else s.unflatten(0, (parts, M)), mask

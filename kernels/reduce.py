@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .common import has_pdl, let_next_kernel_start, load_scaling
 from .config import cdiv
-from .launch import launch
+from .launch import Launch, cached_plan
 
 
 @triton.jit
@@ -42,6 +43,24 @@ def _sum_splits_kernel(
         _sum_block(parts_ptr, out_ptr, block, factor, size, splits, BLOCK)
 
 
+@cached_plan
+def _plan(
+    size: int,
+    splits: int,
+    other_size: int,
+    other_splits: int,
+    scaling_is_tensor: bool,
+    device: torch.device,
+) -> Launch:
+    block = 256
+    return Launch(
+        _sum_splits_kernel, (cdiv(size, block) + cdiv(other_size, block),), device,
+        size, splits, other_size, other_splits,
+        SCALING_IS_TENSOR=scaling_is_tensor, HAS_OTHER=other_size > 0,
+        PDL=has_pdl(device), BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
 def sum_splits(
     parts: Tensor,
     out: Tensor,
@@ -59,16 +78,12 @@ def sum_splits(
         other (tuple[Tensor, Tensor] | None): another ``(parts, out)``, summed without a factor in the
             same launch. Default: ``None``.
     """
-    block = 256
     splits = parts.shape[0]
-    size = parts.numel() // splits
     other_parts, other_out = (None, None) if other is None else other
     other_splits = 1 if other_parts is None else other_parts.shape[0]
     other_size = 0 if other_parts is None else other_parts.numel() // other_splits
-    launch(
-        _sum_splits_kernel, (cdiv(size, block) + cdiv(other_size, block),), out.device,
-        parts, out, other_parts, other_out, scaling, float(factor),
-        size, splits, other_size, other_splits,
-        SCALING_IS_TENSOR=isinstance(scaling, Tensor), HAS_OTHER=other is not None,
-        PDL=has_pdl(out.device), BLOCK=block, num_warps=4,
+    launch = _plan(
+        parts.numel() // splits, splits, other_size, other_splits,
+        isinstance(scaling, Tensor), out.device,
     )  # fmt: skip
+    launch(parts, out, other_parts, other_out, scaling, float(factor))

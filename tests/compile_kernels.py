@@ -130,6 +130,22 @@ def cases() -> list[Case]:
             Case("grad_b", arch, R=8, **odd),
         ]
         found += [
+            Case("embedding", arch),
+            Case("embedding", arch, R=64, fp32_adapters=True, tensor_scaling=True),
+            Case("embedding", arch, "fp16", R=256),
+            Case("embedding", arch, "tf32", R=32),
+            Case("embedding", arch, "ieee", R=16),
+            Case("embedding", arch, R=8, **odd),
+            Case("sliced", arch, bias=True),
+            Case("sliced", arch, "fp16", R=64, fp32_adapters=True, M=1024),
+            Case("sliced", arch, "tf32", R=64),
+            Case("sliced", arch, "ieee"),
+            Case("sliced", arch, R=256, **odd),
+            Case("merge", arch, R=256),
+            Case("merge", arch, "fp16", R=64),
+            Case("merge", arch, "ieee", R=16),
+            Case("merge", arch, R=16, fp32_adapters=True),
+            Case("merge", arch, R=8, **odd),
             Case("multi_shrink", arch),
             Case("multi_shrink", arch, R=64, dropout=True, fp32_adapters=True),
             Case("multi_shrink", arch, R=256),
@@ -159,6 +175,7 @@ def cases() -> list[Case]:
             Case("multi_grad_x", arch, "ieee"),
         ]
     for arch in (100, 120):
+        found += [Case("merge", arch), Case("sliced", arch)]
         found += [Case("multi_forward", arch, M=rows) for rows in (16, 256, 8192)]
         found += [Case("forward", arch, bias=True), Case("grad_x", arch, R=64, dropout=True)]
         found += [Case("shrink", arch, dropout=True), Case("grad_a", arch, R=64, dropout=True)]
@@ -210,6 +227,7 @@ def call(case: Case) -> None:
     for module in modules.values():
         if hasattr(module, "device_properties"):
             module.device_properties = lambda device: (case.arch // 10, NUM_SMS[case.arch])
+    modules["launch"].clear_plans()
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     new = functools.partial(torch.empty, device="meta")
     dtype = DTYPES[case.dtype]
@@ -231,6 +249,19 @@ def call(case: Case) -> None:
         "grad_b": lambda: modules["lora_grad_b"].lora_grad_b(dy, s, lora_B, scaling, p),
         "grad_x": lambda: modules["lora_grad_x"].lora_grad_x(dy, w, s, lora_A, mask),
         "grad_a": lambda: modules["lora_grad_a"].lora_grad_a(x, s, mask, adapter),
+        # x is the table of K-wide rows here, and its M rows the vocabulary.
+        "embedding": lambda: modules["lora_embedding"].lora_embedding(
+            new((M,), dtype=torch.int64), x, new((R, M), dtype=adapter), lora_A.t(), scaling
+        ),
+        "sliced": lambda: modules["lora_forward_sliced"].lora_forward_sliced(
+            x,
+            w,
+            new((2, M, R), dtype=dtype),
+            new((N // 4 * 3, R), dtype=adapter),
+            ((0, N // 2), (N - N // 4, N)),
+            new((N,), dtype=dtype) if case.bias else None,
+        ),
+        "merge": lambda: modules["lora_merge"].lora_merge(w, lora_A, lora_B, 2.0, w),
         **multi_launches(case, modules, new),
     }
     launch[case.op]()
@@ -257,7 +288,7 @@ def multi_launches(
     gemm, config = modules["multi_gemm"], modules["config"]
 
     def product(x: Tensor, weight: Tensor, right: Tensor, **options: Any) -> None:
-        plan = gemm.multi_gemm_plan(x, weight, R if case.dropout else None)
+        plan = gemm.multi_gemm_tiles(x, weight, R if case.dropout else None)
         width = min(slots, plan[1].BLOCK_M)
         tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)
         parts = config.multi_shrink_parts(M, K, 132) if plan[0] == "decode" else 1

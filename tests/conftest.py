@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +49,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+class HelperFinder(importlib.abc.MetaPathFinder):
+    """Makes `import peft_cases` work in tests: importlib mode leaves this folder off sys.path."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        if name != "peft_cases":
+            return None
+        return importlib.util.spec_from_file_location(
+            name, Path(__file__).with_name("peft_cases.py")
+        )
+
+
+sys.meta_path.append(HelperFinder())
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if HAS_CUDA else "cpu"
@@ -61,6 +77,31 @@ def oracle() -> ModuleType:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """Run code in a new process, without a GPU or Triton's interpreter; give what it prints."""
+
+    def run(code: str, **variables: str) -> str:
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        root = str(Path(__file__).resolve().parent.parent)
+        env |= {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", **variables}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def fresh_plans() -> None:
+    """No plan of another test, which may have replaced what it was made from."""
+    launch = sys.modules.get("fastlora.kernels.launch")
+    if launch is not None:
+        launch.clear_plans()
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +143,21 @@ def poison_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `F.dropout`, which PEFT calls, draw the masks that fastlora draws from the same generator."""
+    from fastlora import reference
+    from fastlora.kernels.config import keep_scale
+
+    def dropout(
+        x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
+        if not training or p == 0:
+            return x
+        rows, K = x.numel() // x.shape[-1], x.shape[-1]
+        keep = reference.dropout_keep_mask(reference.draw_seed(x.device), rows, K, p, x.device)
+        return torch.where(keep.view(x.shape), x * keep_scale(p), 0)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)

@@ -254,7 +254,7 @@ def to_int(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(rename, r"no LoRALinear.*model\.9\.q_proj\.lora_A\.weight$", id="surplus"),
+        pytest.param(rename, r"no LoRA layer.*model\.9\.q_proj\.lora_A\.weight$", id="surplus"),
         pytest.param(drop, r"lacks.*model\.2\.v_proj\.lora_B\.weight$", id="missing"),
         pytest.param(
             reshape, r"2\.v_proj\.lora_B\.weight must be \(12, 3\), got \(12, 4\)", id="shape"

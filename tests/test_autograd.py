@@ -204,12 +204,17 @@ def test_autocast_leaves_16_bit_leaves_their_dtype(oracle, device):
         assert_equal(oracle.fused(case), expected)
 
 
-def test_double_backward_raises(oracle, device):
+@pytest.mark.parametrize("second", ["x", "lora_B"])
+def test_double_backward_raises(oracle, device, second):
+    # Of a sum, so that dy is a constant: dx depends on lora_B through what was saved alone.
     case = oracle.make_case(6, 8, 4, 2, F32, device)
     leaves = leaves_of(case)
     y = oracle.fused_call(dataclasses.replace(case, tensors=leaves))
-    with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
+    loss = y.square().sum() if second == "x" else y.sum()
+    (dx,) = torch.autograd.grad(loss, leaves["x"], create_graph=True, retain_graph=True)
+    assert_equal({"x": dx.detach()}, {"x": torch.autograd.grad(loss, leaves["x"])[0]})
+    with pytest.raises(RuntimeError, match=r"no double backward.*force\('eager'\)"):
+        torch.autograd.grad(dx.sum(), leaves[second])
 
 
 def test_retained_graph_gives_the_same_again(oracle, device):

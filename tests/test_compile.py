@@ -23,6 +23,7 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: SMALLEST_SHARED}
 FULLY_COVERED = (80, 90)
 GEMMS = {
     "_lora_forward_tma_kernel",
+    "_lora_forward_sliced_tma_kernel",
     "_lora_grad_x_tma_kernel",
     "_lora_grad_x_dropout_kernel",
     "_lora_multi_gemm_tma_kernel",
@@ -30,6 +31,7 @@ GEMMS = {
 OPS = (
     *("shrink", "forward", "grad_b", "grad_x", "grad_a"),
     *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
+    *("embedding", "sliced", "merge"),
 )
 NO_PRODUCT = {"_sum_splits_kernel"}
 
@@ -95,7 +97,12 @@ def test_every_kernel_is_compiled(compiled):
 @pytest.mark.parametrize("arch", FULLY_COVERED)
 def test_every_dtype_is_compiled(rows, arch):
     dtypes = {(row["op"], row["dtype"]) for row in rows if row["arch"] == arch}
-    assert dtypes == {(op, dtype) for op in OPS for dtype in ("bf16", "fp16", "tf32", "ieee")}
+    assert dtypes == {
+        (op, dtype)
+        for op in OPS
+        for dtype in ("bf16", "fp16", "tf32", "ieee")
+        if (op, dtype) != ("merge", "tf32")  # fp32 is always merged exactly
+    }
 
 
 def test_spills_are_within_the_stated_limits(rows):
@@ -115,14 +122,19 @@ def test_pointer_kernels_fit_every_gpu_since_sm80(rows):
 
 
 def test_products_run_on_tensor_cores(products):
-    tensor = [row for row in products if row["dtype"] != "ieee"]
+    exact = {("merge", True)}  # fp32 adapters are merged without rounding their products
+    tensor = [
+        row
+        for row in products
+        if row["dtype"] != "ieee" and (row["op"], row["fp32_adapters"]) not in exact
+    ]
     assert not without(tensor, lambda row: row["counts"]["HMMA"] or row["counts"]["HGMMA"])
     assert not without(tensor, lambda row: row["arch"] == 90 or not row["counts"]["HGMMA"])
 
 
 def test_fp32_without_tf32_is_exact_fma(products):
     ieee = [row for row in products if row["dtype"] == "ieee"]
-    assert not without(ieee, lambda row: row["counts"]["FFMA"] >= 256)
+    assert not without(ieee, lambda row: row["counts"]["FFMA"] >= 128)
     assert not without(ieee, lambda row: not (row["counts"]["HMMA"] or row["counts"]["HGMMA"]))
 
 
@@ -131,7 +143,7 @@ def test_aligned_gemms_of_hopper_use_wgmma_and_tma(rows):
         row
         for row in rows
         if row["arch"] == 90
-        and row["op"] in ("forward", "grad_x", "multi_forward", "multi_grad_x")
+        and row["op"] in ("forward", "sliced", "grad_x", "multi_forward", "multi_grad_x")
         and row["dtype"] != "ieee"
         and row["M"] > 256
         and row["K"] % 8 == 0
@@ -143,7 +155,8 @@ def test_aligned_gemms_of_hopper_use_wgmma_and_tma(rows):
 
 def test_loads_are_pipelined(products):
     # cp.async or TMA; loads that fit no vector of 4 bytes cannot be, and are left out.
-    aligned = [row for row in products if row["K"] % 8 == 0]
+    # Merging has no loop to pipeline: one step takes most ranks.
+    aligned = [row for row in products if row["K"] % 8 == 0 and row["op"] != "merge"]
     assert not without(aligned, lambda row: row["counts"]["LDGSTS"] + row["counts"]["UTMALDG"] > 0)
 
 

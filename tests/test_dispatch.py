@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from fastlora import dispatch, reference
 from fastlora.dispatch import Call, Decision, decide
 from fastlora.kernels.config import MAX_RANK
 
-ROOT = Path(__file__).resolve().parent.parent
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 GPU = Call("cuda", (9, 0), BF16, BF16, (BF16, BF16), M=128, K=64, N=32, R=16)
@@ -211,34 +206,23 @@ for name in {missing}:
 """
 
 
-def run_python(code, **variables):
-    """Run code with the interpreter of Triton off and no GPU in sight; return what it prints."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **variables}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_cpu_without_the_interpreter_runs_the_reference():
+def test_cpu_without_the_interpreter_runs_the_reference(run_python):
     assert run_python(COMPARE) == "eager: the kernels run on CUDA GPUs, the tensors are on cpu"
 
 
-def test_cpu_with_the_interpreter_is_fused():
+def test_cpu_with_the_interpreter_is_fused(run_python):
     code = "import torch, fastlora; t = torch.ones; print(fastlora.explain(*[t(2, 2)] * 4).path)"
     assert run_python(code, TRITON_INTERPRET="1") == "fused"
 
 
-def test_works_without_triton():
+def test_works_without_triton(run_python):
     assert run_python(NO_TRITON + COMPARE).startswith("eager: Triton cannot be used: ")
 
 
 @pytest.mark.parametrize(
     "missing", [["knobs"], ["knobs", "tools.tensor_descriptor"]], ids=["knobs", "both"]
 )
-def test_works_with_an_old_triton(missing):
+def test_works_with_an_old_triton(run_python, missing):
     said = run_python(OLD_TRITON.format(missing=missing) + COMPARE)
     assert said.startswith("eager: Triton cannot be used: ")
     assert "knobs" in said

@@ -138,6 +138,20 @@ def test_weight_in_another_dtype_than_x(device, dtype):
         fastlora.lora_linear(**{**good, "weight": good["weight"].to(dtype)})
 
 
+WRONG_SEEDS = [
+    (3, TypeError, r"seed must be a Tensor, got int"),
+    (torch.tensor([3]), ValueError, r"seed must be a 0-dim int64 tensor on .*shape \(1,\)"),
+    (torch.tensor(3.0), ValueError, r"seed must be a 0-dim int64 tensor on .*torch.float32"),
+    (torch.empty((), dtype=torch.int64, device="meta"), ValueError, r"seed must be .* on meta"),
+]
+
+
+@pytest.mark.parametrize(("seed", "error", "message"), WRONG_SEEDS, ids=range(4))
+def test_wrong_seed(device, seed, error, message):
+    with pytest.raises(error, match=message):
+        fastlora.lora_linear(**arguments(device), dropout_p=0.5, seed=seed)
+
+
 def test_only_eager_can_be_forced():
     with pytest.raises(ValueError, match="path must be 'eager', got 'fused'"), force("fused"):
         pass

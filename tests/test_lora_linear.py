@@ -6,6 +6,7 @@ The criterion (tests/oracle.py): no further from fp64 than plain eager in the sa
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -90,6 +91,19 @@ def test_eval_drops_nothing(oracle, device, dtype):
     without = oracle.fused(dataclasses.replace(case, dropout_p=0.0, training=True))
     for name, value in without.items():
         assert torch.equal(got[name], value), name
+
+
+def test_a_given_seed_takes_the_place_of_the_drawn_one(oracle, device):
+    case = oracle.make_case(4, 16, 8, 4, torch.float32, device, dropout_p=0.5)
+    call = functools.partial(fastlora.lora_linear, **case.tensors, dropout_p=0.5)
+    torch.manual_seed(5)
+    drawn = call()
+    torch.manual_seed(5)
+    seed = reference.draw_seed(case.dy.device)
+    before = torch.random.get_rng_state()
+    assert torch.equal(call(seed=seed), drawn)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(call(seed=seed + 1), drawn)
 
 
 def test_eval_draws_no_seed(oracle, device):

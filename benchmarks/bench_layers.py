@@ -1,0 +1,135 @@
+"""Times of the loralib-style layers: the embedding, q and v in one weight, and switching tasks.
+
+``python benchmarks/bench_layers.py [--json FILE]``. Each row is a ratio to what the layer is measured by:
+the plain gather, the plain linear, one copy of all weights. Without a CUDA GPU the sizes are tiny and every
+call is only checked to run: no times are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import nn
+
+import fastlora
+from fastlora.cli.timing import spread, time_interleaved
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.bfloat16
+Calls = dict[str, Callable[[int], object]]
+
+
+def embedding(R: int = 16) -> Calls:
+    """A vocabulary of 128,256, 4096 wide, 8192 ids: forward, and forward with backward."""
+    V, N, M = (128256, 4096, 8192) if CUDA else (64, 32, 16)
+    base = nn.Embedding(V, N, device=DEVICE, dtype=DTYPE)
+    layer = fastlora.LoRAEmbedding(base, R, 2 * R)
+    nn.init.normal_(layer.lora_A)
+    ids = [torch.randint(0, V, (M,), device=DEVICE) for _ in range(8)]
+    dy = torch.randn(M, N, device=DEVICE, dtype=DTYPE)
+
+    def step(i: int) -> None:
+        torch.autograd.grad(layer(ids[i % 8]), (layer.lora_A, layer.lora_B), dy)
+
+    @torch.no_grad()
+    def forward(i: int) -> object:
+        return layer(ids[i % 8])
+
+    return {"plain": lambda i: F.embedding(ids[i % 8], base.weight), "lora": forward, "step": step}
+
+
+def query_and_value(R: int = 16) -> Calls:
+    """q and v of a grouped-query attention in one weight, 8192 tokens: forward."""
+    K, widths, M = (4096, [4096, 1024, 1024], 8192) if CUDA else (32, [32, 16, 16], 8)
+    layer = fastlora.LoRAMergedLinear(
+        K, sum(widths), R, 2 * R, enable_lora=[True, False, True], widths=widths,
+        device=DEVICE, dtype=DTYPE,
+    )  # fmt: skip
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(M, K, device=DEVICE, dtype=DTYPE)
+
+    @torch.no_grad()
+    def forward(i: int) -> object:
+        return layer(x)
+
+    @torch.no_grad()
+    def eager(i: int) -> object:
+        with fastlora.dispatch.force("eager"):
+            return layer(x)
+
+    return {
+        "plain": lambda i: F.linear(x, layer.weight, layer.bias),
+        "lora": forward,
+        "reference": eager,
+    }
+
+
+def switching(R: int = 16) -> Calls:
+    """A merged model with the linears of an 8B Llama, between two adapters on the GPU."""
+    H, KV, FF, blocks = (4096, 1024, 14336, 32) if CUDA else (32, 16, 48, 2)
+    shapes = [(H, H), (H, KV), (H, KV), (H, H), (H, FF), (H, FF), (FF, H)]
+    model = nn.Sequential(
+        *(
+            nn.Linear(k, n, bias=False, device=DEVICE, dtype=DTYPE)
+            for _ in range(blocks)
+            for k, n in shapes
+        )
+    )
+    fastlora.inject(model, [str(i) for i in range(len(model))], r=R, lora_alpha=2 * R)
+    model.eval()
+    state = fastlora.lora_state_dict(model)
+    tasks = [{k: torch.randn_like(v) * 0.01 for k, v in state.items()} for _ in range(2)]
+    fastlora.merge(model)
+    merged = [layer.weight.detach() for layer in model]
+    frozen = [layer._frozen.values.detach() for layer in model]
+
+    def copy(i: int) -> None:
+        for old, new in zip(frozen, merged, strict=True):
+            new.copy_(old)
+
+    return {
+        "plain": copy,
+        "switch": lambda i: fastlora.switch_adapter(model, tasks[i % 2]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", help="write every sample to this file")
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name() if CUDA else "no CUDA GPU: nothing is timed"
+    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
+    found = {}
+    for make in (embedding, query_and_value, switching):
+        calls = make()
+        if not CUDA:
+            for call in calls.values():
+                call(0)
+                call(1)
+            print(f"{make.__name__}: {', '.join(calls)} ran")
+            continue
+        samples = time_interleaved(calls, repeats=20, inner=1 if make is switching else 10)
+        found[make.__name__] = {n: dataclasses.asdict(s) for n, s in samples.items()}
+        floor = spread(samples["plain"].wall_ms).median
+        for label, sample in samples.items():
+            wall, device = spread(sample.wall_ms), spread(sample.device_ms)
+            print(
+                f"{make.__name__:16} {label:10} {wall.median:8.3f} ms [{wall.p20:.3f}, {wall.p80:.3f}]"
+                f"  x {wall.median / floor:.2f}  device {device.median:.3f} ms"
+            )
+        del calls
+        torch.cuda.empty_cache()
+    if args.json and CUDA:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({"device": name, "torch": torch.__version__, "samples": found}, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The embedding with LoRA as a function: documentation, validation, dispatch."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from fastlora import reference
+from fastlora.dispatch import Decision, decide_embedding_for
+from fastlora.functional import check_scaling
+
+
+def lora_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``y = weight[ids] + scaling * lora_A[:, ids]^T lora_B^T``, in one gather where kernels run.
+
+    The options are those of `torch.nn.functional.embedding`, and as in loralib and PEFT they hold
+    for both tables, weight and ``lora_A^T``: ``padding_idx`` gives no gradient to its column of
+    lora_A; ``max_norm`` scales the rows of both that ids name, in place, before they are read;
+    ``scale_grad_by_freq`` and ``sparse`` are about the gradient of lora_A (and of weight, where
+    it needs one); a sparse one of lora_A is so in both dimensions. The gradient of lora_B comes
+    from every id. Where the kernels cannot run, `fastlora.reference.lora_embedding` does, and
+    `fastlora.explain_embedding` says why.
+
+    Args:
+        ids (Tensor): any shape, int32 or int64, from 0 to V - 1. A GPU stops on another id, as it
+            does in torch.
+        weight (Tensor): ``[V, N]``, the frozen table; bf16, fp16 or fp32 for the kernels.
+        lora_A (Tensor): ``[R, V]``, in the dtype of weight or fp32; the product runs in the dtype
+            of weight.
+        lora_B (Tensor): ``[N, R]``, likewise.
+        scaling (float | Tensor): ``lora_alpha / r``; a 0-dim tensor is read on the device, and gets
+            no gradient. Default: 1.0.
+        padding_idx (int | None): id without a gradient; negative ones count from V. Default: ``None``.
+        max_norm (float | None): largest norm of a row. Default: ``None``.
+        norm_type (float): the p of that norm. Default: 2.0.
+        scale_grad_by_freq (bool): divide gradients by how often an id occurs. Default: ``False``.
+        sparse (bool): make the gradient of lora_A a sparse tensor. Default: ``False``.
+
+    Returns:
+        Tensor: ``(*ids.shape, N)`` in the dtype of weight.
+
+    Raises:
+        TypeError: an argument is of another type than said.
+        ValueError: shapes or devices do not fit, the rank is 0, or an option is out of range.
+        IndexError: an id of a CPU tensor is outside the table.
+
+    Example:
+        >>> import torch, fastlora
+        >>> ids, weight = torch.tensor([[3, 1], [0, 3]]), torch.randn(10, 16)
+        >>> lora_A, lora_B = torch.randn(4, 10), torch.randn(16, 4)
+        >>> fastlora.lora_embedding(ids, weight, lora_A, lora_B, scaling=0.5).shape
+        torch.Size([2, 2, 16])
+    """
+    _validate(ids, weight, lora_A, lora_B)
+    check_scaling(scaling, weight.device)
+    padding = _check_options(
+        padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, weight.shape[0]
+    )
+    if not decide_embedding_for(ids, weight, lora_A, lora_B).fused:
+        return reference.lora_embedding(
+            ids, weight, lora_A, lora_B, scaling=scaling, padding_idx=padding, max_norm=max_norm,
+            norm_type=norm_type, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse,
+        )  # fmt: skip
+
+    from fastlora.autograd_embedding import EmbeddingSpec, LoRAEmbeddingFunction  # needs Triton
+
+    flat = ids.reshape(-1).contiguous()
+    if flat.device.type == "cpu":  # the interpreter would read what lies there
+        low, high = int(flat.min()), int(flat.max())
+        if low < 0 or high >= weight.shape[0]:
+            raise IndexError(
+                f"ids must be from 0 to {weight.shape[0] - 1}, got {low if low < 0 else high}"
+            )
+    if max_norm is not None:
+        reference.limit_norms(weight, flat, max_norm, norm_type)
+        reference.limit_norms(lora_A.t(), flat, max_norm, norm_type)
+    if isinstance(scaling, Tensor) and scaling.device != weight.device:
+        scaling = float(scaling)  # a CPU scalar: reading it syncs nothing
+    tensor_scaling = scaling.detach() if isinstance(scaling, Tensor) else None
+    spec = EmbeddingSpec(
+        1.0 if isinstance(scaling, Tensor) else float(scaling),
+        -1 if padding is None else padding,
+        scale_grad_by_freq,
+        sparse,
+    )
+    y = LoRAEmbeddingFunction.apply(  # type: ignore[no-untyped-call]
+        flat, weight, lora_A, lora_B, tensor_scaling, spec
+    )
+    return y.view(*ids.shape, weight.shape[1])  # type: ignore[no-any-return]
+
+
+def explain_embedding(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:
+    """Which path `lora_embedding` takes for these arguments, and why.
+
+    Args:
+        ids (Tensor): any shape.
+        weight (Tensor): ``[V, N]``.
+        lora_A (Tensor): ``[R, V]``.
+        lora_B (Tensor): ``[N, R]``.
+
+    Returns:
+        Decision: ``path`` is ``"fused"`` or ``"eager"``, ``reason`` says why.
+
+    Raises:
+        TypeError: as `lora_embedding`.
+        ValueError: as `lora_embedding`.
+
+    Example:
+        >>> import torch, fastlora
+        >>> t = torch.randn
+        >>> fastlora.explain_embedding(torch.tensor([1]), t(10, 16), t(4, 10), t(16, 4)).path
+        'eager'
+    """
+    _validate(ids, weight, lora_A, lora_B)
+    return decide_embedding_for(ids, weight, lora_A, lora_B)
+
+
+def _validate(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    named = {"ids": ids, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if name == "ids":
+            if t.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"ids must be int32 or int64, got {t.dtype}")
+            continue
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, got {t.dtype}")
+        if t.device != ids.device:
+            raise ValueError(f"{name} must be on the device of ids, {ids.device}, got {t.device}")
+        if t.dim() != 2:
+            raise ValueError(f"{name} must be 2-D, got shape {tuple(t.shape)}")
+    (V, N), R = weight.shape, lora_A.shape[0]
+    expected = {
+        "lora_A": ("(r, num_embeddings)", (R, V)),
+        "lora_B": ("(embedding_dim, r)", (N, R)),
+    }
+    for name, (words, shape) in expected.items():
+        if tuple(named[name].shape) != shape:
+            raise ValueError(f"{name} must be {words}={shape}, got {tuple(named[name].shape)}")
+    if R == 0:
+        raise ValueError("lora_A must have a rank of at least 1, got shape (0, num_embeddings)")
+
+
+def _check_options(
+    padding_idx: object,
+    max_norm: object,
+    norm_type: object,
+    scale_grad_by_freq: object,
+    sparse: object,
+    vocabulary: int,
+) -> int | None:
+    """Raise for options out of range; return ``padding_idx`` counted from 0."""
+    for name, flag in (("scale_grad_by_freq", scale_grad_by_freq), ("sparse", sparse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    if scale_grad_by_freq and sparse:
+        raise ValueError("sparse must be False with scale_grad_by_freq, as in torch, got True")
+    for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
+        if name == "max_norm" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if padding_idx is None:
+        return None
+    if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
+        raise TypeError(f"padding_idx must be an int or None, got {padding_idx!r}")
+    if not -vocabulary <= padding_idx < vocabulary:
+        raise ValueError(
+            f"padding_idx must be from {-vocabulary} to {vocabulary - 1}, got {padding_idx}"
+        )
+    return padding_idx % vocabulary
