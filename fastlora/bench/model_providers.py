@@ -12,7 +12,14 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.bench.cases import ALPHA
 from fastlora.bench.models import Llama, generation
-from fastlora.bench.registry import LoraModel, ModelProvider, missing, register
+from fastlora.bench.registry import (
+    LoraModel,
+    ModelProvider,
+    accelerate,
+    missing,
+    no_accelerate,
+    register,
+)
 from fastlora.bench.shapes import LLAMA_LINEARS
 
 _TRAINED = ("layer", "finetune")
@@ -130,15 +137,10 @@ class PeftCompiledModel(_Peft):
 class _Accelerated(_Peft):
     def unavailable(self) -> str:
         """A fastlora with its integration is needed."""
-        if not hasattr(fastlora, "accelerate"):
-            return "this fastlora has no accelerate"
-        return super().unavailable()
+        return no_accelerate() or super().unavailable()
 
     def _adapt(self, model: nn.Module) -> None:
-        library: Any = fastlora
-        report = library.accelerate(model)
-        if not report.accelerated:
-            raise RuntimeError(f"accelerate left every layer alone: {report}")
+        accelerate(model, next(model.parameters()).device)
 
 
 @register
@@ -285,10 +287,7 @@ class PeftAcceleratedGeneration(PeftGeneration):
 
     def unavailable(self) -> str:
         """A fastlora with its integration is needed."""
-        if not hasattr(fastlora, "accelerate"):
-            return "this fastlora has no accelerate"
-        return super().unavailable()
+        return no_accelerate() or super().unavailable()
 
     def _adapt(self, model: nn.Module) -> None:
-        library: Any = fastlora
-        library.accelerate(model)
+        accelerate(model, next(model.parameters()).device)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+import fastlora
 from fastlora.bench.cases import Case, ModelCase
 from fastlora.bench.problems import ServeProblem, ServeSet, TrainProblem
 
@@ -203,6 +204,24 @@ def choose(
             else:
                 chosen[suite].append(provider)
     return chosen, left_out
+
+
+def accelerate(model: nn.Module, device: torch.device) -> None:
+    """``fastlora.accelerate`` a PEFT model.
+
+    Raises:
+        RuntimeError: a layer would run PEFT's own forward on a GPU, so that PEFT itself would be timed.
+    """
+    library: Any = fastlora
+    report = library.accelerate(model)
+    kept = [*report.left, *((m.name, m.now) for m in report.modules if m.now)]
+    if kept and device.type == "cuda":
+        raise RuntimeError(f"accelerate leaves {len(kept)} layers to PEFT, one since: {kept[0][1]}")
+
+
+def no_accelerate() -> str:
+    """Why PEFT cannot be accelerated here, or an empty string."""
+    return missing("peft") if hasattr(fastlora, "accelerate") else "this fastlora has no accelerate"
 
 
 def missing(package: str) -> str:

@@ -191,7 +191,14 @@ def _load_single_json(path: Path) -> Results:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = Results()
-        found.add({"type": "run", "machine": content["machine"], "command": content["command"]})
+        found.add(
+            {
+                "type": "run",
+                "machine": content["machine"],
+                "command": content["command"],
+                "note": content.get("note", ""),
+            }
+        )
         for block, entry in enumerate(content["cases"]):
             sizes = {**entry["case"]}
             for name in ("dtype", "adapter_dtype"):

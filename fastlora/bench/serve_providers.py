@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fastlora
 from fastlora.bench.problems import ServeProblem, ServeSet
-from fastlora.bench.registry import ServeProvider, missing, register
+from fastlora.bench.registry import ServeProvider, accelerate, missing, no_accelerate, register
 
 
 def _stack(problem: ServeProblem, inputs: ServeSet) -> fastlora.AdapterStack:
@@ -156,10 +156,7 @@ class PeftMixedAccelerated(PeftMixed):
 
     def unavailable(self) -> str:
         """PEFT and a fastlora with its integration are needed."""
-        if not hasattr(fastlora, "accelerate"):
-            return "this fastlora has no accelerate"
-        return missing("peft")
+        return no_accelerate()
 
     def _adapt(self, model: nn.Module) -> None:
-        library: Any = fastlora
-        library.accelerate(model)
+        accelerate(model, next(model.parameters()).device)

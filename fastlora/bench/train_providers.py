@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 import fastlora
 from fastlora.bench.problems import TrainProblem
-from fastlora.bench.registry import Layer, TrainProvider, missing, register
+from fastlora.bench.registry import (
+    Layer,
+    TrainProvider,
+    accelerate,
+    missing,
+    no_accelerate,
+    register,
+)
 
 
 def eager_lora_linear(
@@ -155,21 +162,12 @@ class PeftAccelerated(PeftDefault):
 
     def unavailable(self) -> str:
         """PEFT and a fastlora with its integration are needed."""
-        if not hasattr(fastlora, "accelerate"):
-            return "this fastlora has no accelerate"
-        return missing("peft")
+        return no_accelerate()
 
     def make(self, problem: TrainProblem, p: float) -> Layer:
-        """PEFT's layer with its forward replaced.
-
-        Raises:
-            RuntimeError: it was left alone, so that PEFT itself would be timed.
-        """
+        """PEFT's layer with its forward replaced."""
         layer = peft_layer(problem, p, torch.float32)
-        library: Any = fastlora
-        report = library.accelerate(nn.Sequential(layer))
-        if not report.accelerated:
-            raise RuntimeError(f"accelerate left the layer alone: {report}")
+        accelerate(nn.Sequential(layer), problem.device)
         return self._under_autocast(problem, layer)
 
 
