@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlora
+from fastlora.bench.cases import Case
 from fastlora.bench.problems import TrainProblem
 from fastlora.bench.registry import (
     Layer,
@@ -72,6 +73,10 @@ class Eager(TrainProvider):
 
 class _Compiled(Eager):
     mode: str | None = None
+
+    def handles(self, case: Case) -> bool:
+        """Only the table: compiling takes longer than everything else of a case."""
+        return case.tag == "table"
 
     def make(self, problem: TrainProblem, p: float) -> Layer:
         """The eager formula, compiled for this shape alone, as a training job would have it."""

@@ -252,9 +252,11 @@ class ServeWorkload(Workload):
         checked_at_p = p if provider.same_mask else 0.0
         checked = replace(self.problem, case=replace(self.case, p=checked_at_p))
         torch.manual_seed(self.seed)
-        errors = self._errors(checked_at_p, self._call_of(provider.make(checked))(0))
+        call = self._call_of(provider.make(checked))
+        errors = self._errors(checked_at_p, call(0))
         self.check(errors)
-        call = self._call_of(provider.make(self.problem))
+        if checked_at_p != p:
+            call = self._call_of(provider.make(self.problem))
         return Contender(
             provider.name, provider.label, {self.mode: call}, provider.graphable, errors,
             checked_at_p, verify=(lambda _, output: self._errors(0.0, output)) if p == 0 else None,
