@@ -147,7 +147,7 @@ def test_graph_sample_is_gpu_time_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert captured.calls == 4
     fake.log.clear()
     assert clock.graph_sample(captured) == 0.5
-    assert fake.log == ["sync", "sleep", "record", "replay", "record", "sync"]
+    assert fake.log == ["sync", "replay", "sleep", "record", "replay", "record", "sync"]
 
 
 def test_failed_capture_restores_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,8 +155,12 @@ class CudaClock(Clock):
         return Captured(graph.replay, calls, output)
 
     def graph_sample(self, captured: Captured) -> float:
-        """The host launches the graph while the GPU spins, so that only GPU time is between the events."""
+        """The host launches the graph while the GPU spins, so that only GPU time is between the events.
+
+        A replay before it leaves L2 as the calls themselves leave it, whoever's turn it was before.
+        """
         self.synchronize()
+        captured.replay()
         torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         self._start.record()
         captured.replay()

@@ -18,7 +18,7 @@ from fastlora.bench.cases import Case, select, suites
 from fastlora.bench.clock import Clock, CudaClock
 from fastlora.bench.compare import LEVEL, MIN_EFFECT, RULE, compare, describe_changes
 from fastlora.bench.correctness import check_cases
-from fastlora.bench.registry import Provider, choose, load_file
+from fastlora.bench.registry import Provider, choose, load_file, missing
 from fastlora.bench.results import OK, Results, Store, load
 from fastlora.bench.runner import RestartError, Runner, measure_ceilings
 from fastlora.bench.summary import worst_cases
@@ -112,15 +112,18 @@ def run(args: argparse.Namespace) -> int:
 def _report(console: Console, action: list[str]) -> int:
     if len(action) != 2 or action[0] != "report":
         raise ValueError(f"expected `bench report DIR`, got {' '.join(action)!r}")
-    from fastlora.bench.report import write_report  # needs matplotlib
-
-    for path in write_report(load(Path(action[1])), _folder_of(Path(action[1]))):
-        console.print(f"Saved: {path}", soft_wrap=True)
+    if problem := missing("matplotlib"):
+        raise ValueError(f"the report needs it: {problem}")
+    path = Path(action[1])
+    _save_report(console, load(path), path if path.is_dir() else path.parent)
     return 0
 
 
-def _folder_of(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
+def _save_report(console: Console, results: Results, folder: Path) -> None:
+    from fastlora.bench.report import write_report  # needs matplotlib
+
+    page, *plots = write_report(results, folder)
+    console.print(f"The page: {page}, and {len(plots)} plots beside it", soft_wrap=True)
 
 
 def _compare(console: Console, paths: list[Path], min_effect: float) -> int:
@@ -204,7 +207,11 @@ def _measure(
         console.print(line, soft_wrap=True, markup=False)
     if left:
         console.print(f"No time for {len(left)} of {len(cases)} cases; the same command goes on.")
-    console.print(f"Results: {store.path}; the page: python -m fastlora bench report {args.out}")
+    console.print(f"Results: {store.path}", soft_wrap=True)
+    if missing("matplotlib"):
+        console.print("No page: matplotlib is not installed")
+    else:
+        _save_report(console, store.results, args.out)
     mine = [r for r in store.results.results.values() if "fastlora" in r.provider]
     return 1 if any(r.status not in (OK, "out of memory") for r in mine) else 0
 
