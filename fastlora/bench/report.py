@@ -29,7 +29,7 @@ table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabu
 th, td { padding: .2rem .4rem; text-align: right; white-space: nowrap; border-top: 1px solid #e4e4e4; }
 th { border-top: 0; background: #eee; } th:first-child, td:first-child { text-align: left; }
 tr.case td { background: #f6f6f6; font-weight: 600; text-align: left; white-space: normal; }
-td:first-child { white-space: normal; min-width: 9rem; max-width: 15rem; position: sticky; left: 0;
+td:first-child { white-space: normal; min-width: 11rem; max-width: 16rem; position: sticky; left: 0;
   background: #fff; }
 tr.ours td { font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; font-size: .9rem; }

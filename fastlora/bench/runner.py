@@ -44,6 +44,10 @@ ATTEMPTS = 2
 """A case that ended the process this often is skipped."""
 
 
+MODEL_REPEATS = 0.7
+"""Samples of a whole model as a share of a linear's: 14 are enough for a comparison to show a change."""
+
+
 class RestartError(RuntimeError):
     """The process cannot go on: its CUDA context is lost, or a capture was left half done."""
 
@@ -240,7 +244,7 @@ class Runner:
                 errors=contender.errors, checked_at_p=contender.checked_at_p,
                 saved_bytes=contender.saved_bytes if contender.name != FLOOR else None,
             )  # fmt: skip
-            call = contender.calls[mode]
+            call, captured = contender.calls[mode], True
             try:
                 ms = estimate_ms(self.clock, call)
                 if schedule == EAGER:
@@ -250,13 +254,15 @@ class Runner:
                     graphs[contender.name] = self._capture(workload, contender, mode, ms, result)
             except Exception as error:
                 result.status, result.message = describe(error)
-                # The graphs of the others may hold the memory, and a failed capture the generator.
+                captured = not isinstance(error, CaptureError)
+            if result.status != OK:  # after the error is gone, with what its frames held
                 self._failed(case, [result])
-                if isinstance(error, CaptureError):
+                if not captured:  # torch's generator may still believe that it is being captured
                     self._restart([result])
                 continue
             ready[contender.name], results[contender.name] = contender, result
-        repeats = max(8, self.repeats // 2) if isinstance(case, ModelCase) else self.repeats
+        slow = isinstance(case, ModelCase)
+        repeats = max(3, round(MODEL_REPEATS * self.repeats)) if slow else self.repeats
         timed: dict[str, Samples]
         if not ready:
             return
