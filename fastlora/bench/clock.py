@@ -228,6 +228,9 @@ class HostClock(Clock):
         """Always."""
         return True
 
+    def forget(self) -> None:
+        """Nothing to give back."""
+
 
 def first_line(error: BaseException) -> str:
     """Kind and first line of an error."""
