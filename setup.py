@@ -30,7 +30,13 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["fastlora", "fastlora.cli", "fastlora.integrations", "fastlora.kernels"],
+    packages=[
+        "fastlora",
+        "fastlora.bench",
+        "fastlora.cli",
+        "fastlora.integrations",
+        "fastlora.kernels",
+    ],
     # kernels/ has no __init__.py: on sys.path it would shadow Hugging Face's `kernels` package.
     package_dir={"fastlora.kernels": "kernels"},
     package_data={"fastlora": ["py.typed"]},

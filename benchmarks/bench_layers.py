@@ -18,7 +18,8 @@ import triton
 from torch import nn
 
 import fastlora
-from fastlora.cli.timing import spread, time_interleaved
+from fastlora.bench.clock import CudaClock, estimate_ms, time_eager
+from fastlora.bench.stats import spread
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -106,16 +107,20 @@ def main() -> None:
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if CUDA else "no CUDA GPU: nothing is timed"
     print(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
+    clock = CudaClock(torch.device("cuda", 0)) if CUDA else None
     found = {}
     for make in (embedding, query_and_value, switching):
         calls = make()
-        if not CUDA:
+        if clock is None:
             for call in calls.values():
                 call(0)
                 call(1)
             print(f"{make.__name__}: {', '.join(calls)} ran")
             continue
-        samples = time_interleaved(calls, repeats=20, inner=1 if make is switching else 10)
+        for call in calls.values():
+            estimate_ms(clock, call)  # warms it up
+        counts = dict.fromkeys(calls, 1 if make is switching else 10)
+        samples = time_eager(clock, calls, counts, repeats=20)
         found[make.__name__] = {n: dataclasses.asdict(s) for n, s in samples.items()}
         floor = spread(samples["plain"].wall_ms).median
         for label, sample in samples.items():

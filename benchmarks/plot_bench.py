@@ -1,12 +1,13 @@
-"""Draw forward + backward over the frozen floor from a file of ``python -m fastlora bench --json``.
+"""Draw forward + backward over the frozen floor from results of ``python -m fastlora bench``.
 
 ``python benchmarks/plot_bench.py benchmarks/results/h100_lora_linear.json docs/h100_lora_linear.png``
+
+The results may also be a folder that the command wrote: the cases of the train suite's table are drawn.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-STEP = "forward + backward"
+from fastlora.bench.clock import EAGER
+from fastlora.bench.registry import FLOOR
+from fastlora.bench.results import load
+from fastlora.bench.workloads import STEP
 
 
 def main() -> None:
@@ -22,29 +26,41 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
-    content = json.loads(args.data.read_text(encoding="utf-8"))
-    cases = content["cases"]
-    labels = [row["label"] for row in cases[0]["rows"][1:]]  # the first is the floor itself
+    results = load(args.data)
+    found = {
+        case: [row for row in rows if row.provider != FLOOR]
+        for (case, mode, schedule), rows in results.blocks().items()
+        if case.startswith("train/table/") and (mode, schedule) == (STEP, EAGER)
+    }
+    if not found:
+        raise SystemExit(f"{args.data}: no case of the train suite's table")
+    labels = list(dict.fromkeys(row.label for rows in found.values() for row in rows))
     figure, axis = plt.subplots(figsize=(10, 4.2), constrained_layout=True)
     width = 0.8 / len(labels)
-    greys = [str(i / len(labels)) for i in range(len(labels))]
     for i, label in enumerate(labels):
-        found = [
-            next((r["x_floor"].get(STEP) for r in case["rows"] if r["label"] == label), None)
-            for case in cases
+        ratios = [
+            next((results.ratio(row) for row in rows if row.label == label), None)
+            for rows in found.values()
         ]
-        places = [j + (i - len(labels) / 2 + 0.5) * width for j in range(len(cases))]
-        heights = [value or 0.0 for value in found]
-        axis.bar(places, heights, width, label=label, color=greys[i], edgecolor="black")
+        places = [j + (i - len(labels) / 2 + 0.5) * width for j in range(len(found))]
+        heights = [ratio or 0.0 for ratio in ratios]
+        grey = str(i / len(labels))
+        axis.bar(places, heights, width, label=label, color=grey, edgecolor="black")
     axis.axhline(1.0, color="black", linewidth=1)
-    names = [f"{c['case']['K']}->{c['case']['N']}\np={c['case']['p']:g}" for c in cases]
-    axis.set_xticks(range(len(cases)), names)
-    axis.set_ylabel(f"{STEP}, x frozen floor")
-    first = cases[0]["case"]
+    sizes = [results.cases[case]["sizes"] for case in found]
+    tokens = {size["M"] for size in sizes}
+    names = [
+        f"{size['K']}->{size['N']}\np={size['p']:g}"
+        + (f"\n{size['M']} tokens" if len(tokens) > 1 else "")
+        for size in sizes
+    ]
+    axis.set_xticks(range(len(found)), names, fontsize="small" if len(tokens) > 1 else None)
+    axis.set_ylabel("forward + backward, x frozen floor")
+    machine = results.runs[-1]["machine"]
+    what = f"{tokens.pop()} tokens, " if len(tokens) == 1 else ""
     axis.set_title(
-        f"{first['M']} tokens, r={first['R']}, {first['dtype'].removeprefix('torch.')}: "
-        f"{content['machine']['GPU']}, torch {content['machine']['torch']}, "
-        f"triton {content['machine']['triton']}"
+        f"{what}r={sizes[0]['R']}, {sizes[0]['dtype']}: "
+        f"{machine['GPU']}, torch {machine['torch']}, triton {machine['triton']}"
     )
     axis.legend(ncols=3, fontsize="small")
     args.picture.parent.mkdir(parents=True, exist_ok=True)

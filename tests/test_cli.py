@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from importlib.metadata import version
@@ -14,13 +13,13 @@ pytest.importorskip("rich", reason="the commands print through rich")
 
 from fastlora import dispatch
 from fastlora.__main__ import build_parser, main
-from fastlora.cli import bench, check, demo, demo_task, providers, timing
-from fastlora.cli.cases import Case, default_cases, make_problem
+from fastlora.bench.cases import Case, select
+from fastlora.bench.correctness import Checked
+from fastlora.cli import bench, check, demo, demo_task
 from fastlora.cli.check import CheckReport, CheckResult
 from fastlora.cli.memory import PeakMemory
 
 CPU = torch.device("cpu")
-TINY = Case(M=24, K=40, N=56, R=4, p=0.1, dtype=torch.float32, adapter_dtype=torch.float32)
 
 
 def result(error: float = 0.0, path: str = "fused") -> CheckResult:
@@ -41,31 +40,6 @@ def test_a_command_is_required() -> None:
     assert stop.value.code == 2
 
 
-def test_bench_arguments_are_parsed() -> None:
-    args = build_parser().parse_args(
-        ["bench", "--shapes", "64x32,32x96", "--dropout", "0,0.25", "--tokens", "8,16"]
-    )
-    assert args.shapes == ((64, 32), (32, 96))
-    assert args.dropout == (0.0, 0.25)
-    assert args.tokens == (8, 16)
-    assert args.compile
-
-
-@pytest.mark.parametrize("option", [("--shapes", "64"), ("--tokens", "many"), ("--dropout", "x")])
-def test_bad_bench_arguments_are_refused(option: tuple[str, str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        build_parser().parse_args(["bench", *option])
-    assert stop.value.code == 2
-
-
-def test_default_table_is_the_documented_one() -> None:
-    cases = default_cases()
-    assert len(cases) == 8
-    assert {(c.M, c.R, c.dtype, c.adapter_dtype) for c in cases} == {
-        (8192, 16, torch.bfloat16, torch.bfloat16)
-    }
-
-
 @pytest.mark.no_poison  # it would fill the large tensors that doctor only describes
 def test_doctor_names_a_path_for_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cpu"]) == 0
@@ -80,13 +54,24 @@ def test_cuda_without_a_gpu_is_a_clear_error() -> None:
         main(["doctor", "--device", "cuda"])
 
 
-def test_bench_without_a_gpu_times_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("problem", ["", "wrong numbers: y 1.0"])
+def test_bench_without_a_gpu_checks_and_times_nothing(
+    problem: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen = []
+
+    def checked(cases: list[Case], *_: object) -> list[Checked]:
+        seen.extend(cases)
+        return [Checked(cases[0].id, "fastlora", "fastlora", {"y": 1e-3}, problem)]
+
+    monkeypatch.setattr(bench, "check_cases", checked)
     monkeypatch.setattr(bench, "run_interpreted_check", lambda: CheckReport((result(),)))
     monkeypatch.setattr(bench, "run_check", lambda _: CheckReport((result(path="eager"),)))
-    assert main(["bench", "--device", "cpu"]) == 0
-    assert "nothing is timed" in capsys.readouterr().out
+    assert main(["bench", "--device", "cpu", "--suite", "all"]) == (1 if problem else 0)
+    out = capsys.readouterr().out
+    assert out.startswith("No CUDA GPU here: nothing is timed")
+    assert problem in out
+    assert [case.id for case in seen] == [case.id for case in select("quick")]
 
 
 def test_interpreted_check_takes_the_kernels_and_passes() -> None:
@@ -122,11 +107,6 @@ def test_check_report_passes_only_good_numbers(
     assert CheckReport(results).passed is passed
 
 
-def test_spread() -> None:
-    measured = timing.spread([float(i) for i in range(11)])
-    assert (measured.median, measured.p20, measured.p80) == (5.0, 2.0, 8.0)
-
-
 def test_largest_difference_keeps_nan() -> None:
     assert demo.largest_difference([1.0, 2.0], [1.5, 1.0]) == 1.0
     assert math.isnan(demo.largest_difference([1.0, math.nan], [1.0, 2.0]))
@@ -136,69 +116,6 @@ def test_peak_memory_of_the_process() -> None:
     with PeakMemory(CPU) as memory:
         torch.ones(1 << 20)
     assert memory.peak_bytes > 0 or not Path("/proc/self/statm").exists()
-
-
-def fake_timing(
-    calls: dict[str, timing.Call], *, repeats: int, inner: int
-) -> dict[str, timing.Samples]:
-    for call in calls.values():
-        call(1)
-    times = [1.0] * repeats
-    return {name: timing.Samples(times, times, times) for name in calls}
-
-
-@pytest.fixture
-def no_cuda_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "time_interleaved", fake_timing)
-    monkeypatch.setattr(bench, "peak_bytes", lambda call: 0)
-
-
-@pytest.mark.usefixtures("no_cuda_timing")
-def test_every_provider_agrees_with_the_reference(tmp_path: Path) -> None:
-    chosen, _ = providers.available(None)
-    chosen = [p for p in chosen if p.name != "compile"]
-    rows = bench.run_case(TINY, chosen, CPU, repeats=3, inner=2, seed=0)
-    assert [row.provider for row in rows] == [providers.FLOOR, *(p.name for p in chosen)]
-    for row in rows[1:]:
-        assert row.problem == ""
-        assert set(row.errors) == {"y", "dx", "dA", "dB"}
-        assert max(row.errors.values()) < 1e-4, row.provider
-    assert rows[1].checked_at_p == TINY.p  # fastlora, with its mask
-
-    assert bench.make_table([(TINY, rows)], "fp32").row_count == 1 + len(rows)
-    bench._write_json(tmp_path / "bench.json", {"GPU": "none"}, [(TINY, rows)])
-    written = json.loads((tmp_path / "bench.json").read_text())
-    assert written["cases"][0]["rows"][1]["x_floor"] == {bench.FORWARD: 1.0, bench.STEP: 1.0}
-    assert len(written["cases"][0]["rows"][1]["samples"][bench.STEP]["device_ms"]) == 3
-
-
-@pytest.mark.usefixtures("no_cuda_timing")
-def test_wrong_numbers_and_crashes_are_not_timed() -> None:
-    def wrong(problem: bench.Problem, p: float) -> bench.Layer:
-        layer = providers.PROVIDERS["eager"].make(problem, p)
-        return bench.Layer(lambda x: layer.forward(x) * 1.1, layer.lora_A, layer.lora_B)
-
-    def crash(problem: bench.Problem, p: float) -> bench.Layer:
-        raise RuntimeError("no such kernel\nand more")
-
-    peers = [providers.Provider("wrong", "wrong", wrong), providers.Provider("crash", "c", crash)]
-    _, first, second = bench.run_case(TINY, peers, CPU, repeats=1, inner=1, seed=0)
-    assert first.problem.startswith("wrong numbers")
-    assert second.problem == "RuntimeError: no such kernel"
-    assert not first.samples
-    assert not second.samples
-
-
-def test_unknown_provider_is_refused() -> None:
-    with pytest.raises(SystemExit, match="unknown provider 'x'"):
-        providers.available(("x",))
-
-
-def test_weight_of_a_problem_is_frozen() -> None:
-    problem = make_problem(TINY, CPU)
-    assert not problem.weight.requires_grad
-    assert all(x.requires_grad for x in problem.xs)
-    assert len(problem.xs) >= 2
 
 
 def test_passages_have_one_topic_each() -> None:
@@ -256,26 +173,6 @@ def test_demo_needs_two_steps(steps: str) -> None:
 def test_options_of_a_command_do_not_clash() -> None:
     for module in (demo, bench):
         module.add_arguments(argparse.ArgumentParser())
-
-
-@pytest.mark.gpu
-def test_bench_on_the_gpu(tmp_path: Path) -> None:
-    path = tmp_path / "bench.json"
-    arguments = [
-        "bench",
-        "--tokens",
-        "512",
-        "--shapes",
-        "256x512",
-        "--repeats",
-        "3",
-        "--no-compile",
-    ]
-    assert main([*arguments, "--json", str(path)]) == 0
-    rows = [row for case in json.loads(path.read_text())["cases"] for row in case["rows"]]
-    assert all(
-        ms > 0 for row in rows if row["samples"] for ms in row["samples"][bench.STEP]["wall_ms"]
-    )
 
 
 @pytest.mark.gpu

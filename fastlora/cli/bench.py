@@ -1,329 +1,249 @@
-"""``python -m fastlora bench``: one LoRA linear against its frozen floor, PyTorch and PEFT."""
+"""``python -m fastlora bench``: measure on this machine, report, compare."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
 
-from fastlora import reference
-from fastlora.cli.cases import (
-    DROPOUTS,
-    DTYPES,
-    RANK,
-    SHAPES,
-    TOKENS,
-    Case,
-    Problem,
-    default_cases,
-    make_problem,
-)
+import fastlora.bench  # noqa: F401 - registers the providers
+from fastlora.bench.cases import Case, select, suites
+from fastlora.bench.clock import Clock, CudaClock
+from fastlora.bench.compare import LEVEL, MIN_EFFECT, RULE, compare, describe_changes
+from fastlora.bench.correctness import check_cases
+from fastlora.bench.registry import Provider, choose, load_file, missing
+from fastlora.bench.results import OK, Results, Store, load
+from fastlora.bench.runner import RestartError, Runner, measure_ceilings
+from fastlora.bench.summary import worst_cases
+from fastlora.bench.terminal import TerminalListener, make_table
 from fastlora.cli.check import run_check, run_interpreted_check, summarise
-from fastlora.cli.providers import FLOOR, PROVIDERS, Layer, Provider, available
-from fastlora.cli.system import describe_machine, make_console, pick_device
-from fastlora.cli.timing import Call, Samples, peak_bytes, spread, time_interleaved
+from fastlora.cli.system import (
+    describe_machine,
+    make_console,
+    pick_device,
+    read_clocks,
+    source_state,
+)
 
-SUMMARY = "time forward, forward + backward and peak memory against the frozen floor and peers"
+SUMMARY = (
+    "measure LoRA on this GPU: fastlora, PyTorch, PEFT, each against the floor of the hardware"
+)
 
-FORWARD, STEP = "forward", "forward + backward"
+SAME = ("GPU", "driver", "torch", "triton", "sources")
+"""What must be the same for a run to go on in a folder of results."""
 
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 2e-3}
-"""Bounds on ``||got - want|| / ||want||``, for every provider alike; the reference is fp32."""
+TABLE = "table.txt"
 
-
-@dataclass
-class Row:
-    """One provider on one case."""
-
-    provider: str
-    label: str
-    samples: dict[str, Samples] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    checked_at_p: float = 0.0
-    problem: str = ""
+_RESTARTS, _SPENT = "FASTLORA_BENCH_RESTARTS", "FASTLORA_BENCH_SPENT"
+MAX_RESTARTS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``bench``."""
-    parser.add_argument("--tokens", type=_integers, default=(TOKENS,), help="e.g. 2048,8192")
-    parser.add_argument("--shapes", type=_shapes, default=SHAPES, help="KxN,KxN,...")
-    parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--dropout", type=_floats, default=DROPOUTS, help="e.g. 0,0.1")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--adapter-dtype", choices=sorted(DTYPES), default=None, help="as --dtype")
-    parser.add_argument("--providers", type=_names, default=None, help=",".join(PROVIDERS))
     parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="time torch.compile as well, in its default mode",
+        "action", nargs="*", metavar="report DIR", help="make the page and the plots of results"
     )
+    parser.add_argument("--suite", choices=list(suites()), default="quick")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of results")
+    parser.add_argument(
+        "--filter", default=None, metavar="REGEX", help="only cases whose id matches"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--providers", type=_names, default=None, metavar="A,B", help="only these")
+    parser.add_argument(
+        "--provider", type=Path, action="append", default=[], metavar="FILE",
+        help="a Python file that registers a provider of yours; may be given more than once",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slow", action="store_true", help="providers that compile for minutes too"
+    )
+    parser.add_argument("--time-limit", type=float, default=None, metavar="SECONDS")
+    parser.add_argument("--fresh", action="store_true", help="set the results in --out aside first")
     parser.add_argument("--repeats", type=int, default=20, help="samples of each callable")
-    parser.add_argument("--inner", type=int, default=5, help="calls a sample")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--note", default="", help="kept with the results, e.g. a commit")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--json", type=Path, default=None, help="file for every sample")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, default=None, metavar=("A", "B"),
+        help="what changed from results A to results B; 1 when fastlora became slower",
+    )  # fmt: skip
+    parser.add_argument("--min-effect", type=float, default=MIN_EFFECT, help="of --compare")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, time and print; 1 when fastlora's numbers are wrong anywhere."""
-    console = make_console()
-    device = pick_device(args.device)
-    if device.type != "cuda":
-        return _without_gpu(console)
-    if args.repeats < 1 or args.inner < 1:
-        raise SystemExit("--repeats and --inner must be at least 1")
-    torch.cuda.set_device(device)
-    machine = describe_machine(device)
-    console.print(", ".join(f"{label} {value}" for label, value in machine.items()))
-    providers, left_out = available(args.providers)
-    if not args.compile:
-        providers = [p for p in providers if p.name != "compile"]
-    for reason in left_out:
-        console.print(f"left out: {reason}")
-    adapter_dtype = DTYPES[args.adapter_dtype] if args.adapter_dtype else None
-    cases = [
-        case
-        for tokens in args.tokens
-        for case in default_cases(
-            tokens, DTYPES[args.dtype], args.shapes, args.dropout, args.rank, adapter_dtype
-        )
-    ]
-    started = time.perf_counter()
-    results: list[tuple[Case, list[Row]]] = []
-    for case in track(cases, description="cases", console=console, transient=True):
-        rows = run_case(case, providers, device, args.repeats, args.inner, args.seed)
-        results.append((case, rows))
-        torch.cuda.empty_cache()
-    console.print(make_table(results, args.dtype))
-    console.print(
-        f"Median (20th to 80th percentile) of {args.repeats} samples of {args.inner} calls each, "
-        "host time included; providers take turns. 'x floor' is the ratio to the frozen linear "
-        "alone, timed in the same turns: x W0^T, and x W0^T then dy W0. 'host' is the time to "
-        "enqueue a forward and backward. Gradients: x, lora_A, lora_B. 'error' is the largest "
-        "relative error of the output and the gradients against fp32. "
-        f"{time.perf_counter() - started:.0f} s in all."
-    )
-    for case, rows in results:
-        for row in rows:
-            if row.problem:
-                console.print(f"{case}: {row.label}: {row.problem}")
-    if args.json is not None:
-        _write_json(args.json, machine, results)
-        console.print(f"Saved: {args.json}")
-    ours = [row for _, rows in results for row in rows if row.provider == "fastlora"]
-    return 1 if any(row.problem for row in ours) else 0
-
-
-def run_case(
-    case: Case, providers: list[Provider], device: torch.device, repeats: int, inner: int, seed: int
-) -> list[Row]:
-    """Check every provider against the fp32 reference, then time those that pass, in turns.
+    """Measure, or report, or compare.
 
     Returns:
-        list[Row]: the floor first; a provider that failed has ``problem`` set and no samples.
+        int: 0; 1 when fastlora's numbers are wrong anywhere, or became slower; 2 for bad arguments.
     """
-    problem = make_problem(case, device, seed)
-    forward_calls: dict[str, Call] = {FLOOR: _floor_forward(problem)}
-    step_calls: dict[str, Call] = {FLOOR: _floor_step(problem)}
-    rows = [Row(FLOOR, "frozen floor (cuBLAS)")]
-    wanted: dict[float, dict[str, Tensor]] = {}
-    for provider in providers:
-        row = Row(provider.name, provider.label)
-        rows.append(row)
-        try:
-            # Another mask cannot be compared element by element: such a provider is checked at 0.
-            row.checked_at_p = case.p if provider.same_mask else 0.0
-            if row.checked_at_p not in wanted:
-                wanted[row.checked_at_p] = wanted_outputs(problem, row.checked_at_p, seed)
-            checked = provider.make(problem, row.checked_at_p)
-            row.errors = layer_errors(problem, checked, wanted[row.checked_at_p], seed)
-            worst = max(row.errors.values())
-            if not worst <= TOLERANCE[case.dtype]:
-                row.problem = f"wrong numbers, not timed: {_in_words(row.errors)}"
-                continue
-            layer = checked if row.checked_at_p == case.p else provider.make(problem, case.p)
-            forward, step = layer_forward(problem, layer), layer_step(problem, layer)
-            step(0)
-        except Exception as error:  # a peer that cannot run here must not end the benchmark
-            row.problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            continue
-        forward_calls[provider.name], step_calls[provider.name] = forward, step
-    wanted.clear()
-    torch.cuda.empty_cache()
-    for name, calls in ((FORWARD, forward_calls), (STEP, step_calls)):
-        timed = time_interleaved(calls, repeats=repeats, inner=inner)
-        for row in rows:
-            if row.provider in timed:
-                row.samples[name] = timed[row.provider]
-                row.peak_bytes[name] = peak_bytes(calls[row.provider])
-    return rows
+    console = make_console()
+    try:
+        if args.action:
+            return _report(console, args.action)
+        if args.compare is not None:
+            return _compare(console, args.compare, args.min_effect)
+        for path in args.provider:
+            load_file(path)
+        cases = select(args.suite, args.filter)
+        if args.list:
+            for case in cases:
+                console.print(f"{case.id}  [dim]{case.title}[/dim]", soft_wrap=True)
+            return 0
+        if args.repeats < 3:
+            raise ValueError(f"--repeats must be at least 3, got {args.repeats}")
+        device = pick_device(args.device)
+        wanted = list(dict.fromkeys(case.suite for case in cases))
+        providers, left_out = choose(wanted, args.providers, device, args.slow)
+        if device.type != "cuda":
+            return _without_gpu(console, args, providers)
+        return _measure(console, args, CudaClock(device), cases, providers, left_out)
+    except ValueError as error:
+        console.print(f"bench: {error}", markup=False)
+        return 2
 
 
-def _floor_forward(problem: Problem) -> Call:
-    weight, xs = problem.weight, [x.detach() for x in problem.xs]
-    return lambda i: F.linear(xs[i % len(xs)], weight)
+def _report(console: Console, action: list[str]) -> int:
+    if len(action) != 2 or action[0] != "report":
+        raise ValueError(f"expected `bench report DIR`, got {' '.join(action)!r}")
+    if problem := missing("matplotlib"):
+        raise ValueError(f"the report needs it: {problem}")
+    path = Path(action[1])
+    _save_report(console, load(path), path if path.is_dir() else path.parent)
+    return 0
 
 
-def _floor_step(problem: Problem) -> Call:
-    weight, dys = problem.weight, problem.dys
-    xs = [x.detach() for x in problem.xs]
+def _save_report(console: Console, results: Results, folder: Path) -> None:
+    from fastlora.bench.report import write_report  # needs matplotlib
 
-    def call(i: int) -> tuple[Tensor, Tensor]:
-        return F.linear(xs[i % len(xs)], weight), dys[i % len(dys)] @ weight
-
-    return call
+    page, *plots = write_report(results, folder)
+    console.print(f"The page: {page}, and {len(plots)} plots beside it", soft_wrap=True)
 
 
-def layer_forward(problem: Problem, layer: Layer) -> Call:
-    """A callable that runs forward on the set of inputs that its argument picks."""
-    forward, xs = layer.forward, problem.xs
-    return lambda i: forward(xs[i % len(xs)])
+def _compare(console: Console, paths: list[Path], min_effect: float) -> int:
+    before, after = (load(path) for path in paths)
+    changes = compare(before, after, min_effect)
+    console.print(RULE.format(effect=min_effect, level=LEVEL), soft_wrap=True)
+    for line in describe_changes(changes):
+        console.print(line, soft_wrap=True, markup=False)
+    return 1 if any(change.regression for change in changes) else 0
 
 
-def layer_step(problem: Problem, layer: Layer) -> Call:
-    """A callable that runs forward and backward and returns dx, dA and dB."""
-    forward, xs, dys = layer.forward, problem.xs, problem.dys
-    lora_A, lora_B = layer.lora_A, layer.lora_B
-
-    def call(i: int) -> tuple[Tensor, ...]:
-        x = xs[i % len(xs)]
-        return torch.autograd.grad(forward(x), (x, lora_A, lora_B), dys[i % len(dys)])
-
-    return call
-
-
-def wanted_outputs(problem: Problem, p: float, seed: int) -> dict[str, Tensor]:
-    """What the fp32 reference gives for the first set of inputs."""
-    tensors = [problem.xs[0], problem.lora_A, problem.lora_B]
-    x, lora_A, lora_B = (t.detach().float().requires_grad_() for t in tensors)
-    torch.manual_seed(seed)
-    y = reference.lora_linear(
-        x, problem.weight.float(), lora_A, lora_B, scaling=problem.scaling, dropout_p=p
+def _without_gpu(
+    console: Console, args: argparse.Namespace, providers: dict[str, list[Provider]]
+) -> int:
+    """No timing on a CPU: it would say nothing about the kernels."""
+    console.print(
+        "No CUDA GPU here: nothing is timed, the quick suite's correctness part runs on small twins."
     )
-    grads = torch.autograd.grad(y, (x, lora_A, lora_B), problem.dys[0].float())
-    return dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *grads), strict=True))
-
-
-def layer_errors(
-    problem: Problem, layer: Layer, wanted: dict[str, Tensor], seed: int
-) -> dict[str, float]:
-    """``||got - want|| / ||want||`` of the output and of every gradient."""
-    torch.manual_seed(seed)
-    x = problem.xs[0]
-    y = layer.forward(x)
-    grads = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), problem.dys[0])
-    got = dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *grads), strict=True))
-    return {
-        name: float((got[name].float() - want).norm() / want.norm())
-        for name, want in wanted.items()
-    }
-
-
-def make_table(results: list[tuple[Case, list[Row]]], dtype: str) -> Table:
-    """The table of every case and provider."""
-    table = Table(title=f"One LoRA linear, {dtype}")
-    table.add_column("")
-    columns = ("forward ms", "x floor", "fwd + bwd ms", "x floor", "host us", "peak MiB", "error")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for case, rows in results:
-        table.add_section()
-        table.add_row(f"[bold]{case}[/bold]")
-        floor = {name: spread(s.device_ms).median for name, s in rows[0].samples.items()}
-        for row in rows:
-            if not row.samples:
-                table.add_row(row.label, "failed, see below")
-                continue
-            cells = []
-            for name in (FORWARD, STEP):
-                ms = spread(row.samples[name].device_ms)
-                cells.append(f"{ms.median:.3f} ({ms.p20:.3f} to {ms.p80:.3f})")
-                cells.append(f"{ms.median / floor[name]:.3f}")
-            host_us = spread(row.samples[STEP].host_ms).median * 1e3
-            peak = f"{row.peak_bytes[STEP] / 2**20:.0f}"
-            error = f"{max(row.errors.values()):.1e}" if row.errors else ""
-            table.add_row(row.label, *cells, f"{host_us:.0f}", peak, error)
-    return table
-
-
-def _without_gpu(console: Console) -> int:
-    """No timing on a CPU: it would say nothing about the kernels. A small check only."""
-    console.print("No CUDA GPU here: nothing is timed, only a small check of the numbers is made.")
+    quick, _ = choose(("train", "serve", "model"), args.providers, torch.device("cpu"), False)
+    bad = False
+    for checked in check_cases(select("quick"), quick, torch.device("cpu"), args.seed):
+        worst = max(checked.errors.values(), default=float("nan"))
+        verdict = checked.problem or f"passed, error {worst:.1e}"
+        bad |= bool(checked.problem)
+        console.print(f"{checked.case}: {checked.label}: {verdict}", soft_wrap=True, markup=False)
     report = run_interpreted_check()
     console.print(summarise(report, "in Triton's interpreter"))
     eager = run_check(torch.device("cpu"))
     verdict = "passed" if eager.passed else "FAILED"
     console.print(f"The {eager.results[0].path} path, which calls take here: {verdict}")
-    return 1 if (report.fused and not report.passed) or not eager.passed else 0
+    return 1 if bad or (report.fused and not report.passed) or not eager.passed else 0
 
 
-def _write_json(path: Path, machine: dict[str, str], results: list[tuple[Case, list[Row]]]) -> None:
-    cases: list[dict[str, Any]] = []
-    for case, rows in results:
-        sizes = {**asdict(case), "dtype": str(case.dtype), "adapter_dtype": str(case.adapter_dtype)}
-        floor = {name: spread(s.device_ms).median for name, s in rows[0].samples.items()}
-        ratios = [
-            {name: spread(s.device_ms).median / floor[name] for name, s in row.samples.items()}
-            for row in rows
-        ]
-        written = [
-            {**asdict(row), "x_floor": ratio} for row, ratio in zip(rows, ratios, strict=True)
-        ]
-        cases.append({"case": sizes, "rows": written})
-    command = shlex.join(["python", "-m", "fastlora", *sys.argv[1:]])
-    content = {
-        "command": command,
-        "machine": machine,
-        "platform": platform.platform(terse=True),
-        "cases": cases,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def _measure(
+    console: Console,
+    args: argparse.Namespace,
+    clock: Clock,
+    cases: list[Case],
+    providers: dict[str, list[Provider]],
+    left_out: list[str],
+) -> int:
+    machine = {**describe_machine(clock.device), **source_state()}
+    console.print(", ".join(f"{label} {value}" for label, value in machine.items()), soft_wrap=True)
+    for reason in left_out:
+        console.print(f"left out: {reason}", soft_wrap=True)
+    restarts = int(os.environ.get(_RESTARTS, "0"))
+    store = Store(args.out, fresh=args.fresh and restarts == 0)
+    _check_same_machine(store.results, machine)
+    store.append(
+        "run", machine=machine, clocks=read_clocks(clock.device),
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        command=shlex.join(["python", "-m", "fastlora", *sys.argv[1:]]), note=args.note,
+        platform=platform.platform(terse=True), left_out=left_out, repeats=args.repeats,
+    )  # fmt: skip
+    began = time.monotonic() - float(os.environ.get(_SPENT, "0"))
+    limit = None if args.time_limit is None else began + args.time_limit - time.monotonic()
+    if not store.results.ceilings:
+        store.append("ceiling", values=measure_ceilings(clock))
+    with TerminalListener(console, len(cases)) as listener:
+        runner = Runner(store, clock, providers, listener, args.repeats, args.seed, limit)
+        try:
+            left = runner.run(cases)
+        except RestartError as error:
+            reason = str(error)
+        else:
+            reason = ""
+    if reason:
+        console.print(f"A new process goes on after: {reason}", soft_wrap=True, markup=False)
+        return _restart(restarts, time.monotonic() - began)
+    store.append("clocks", values=read_clocks(clock.device))
+    table = make_table(store.results, [case.id for case in cases])
+    with (args.out / TABLE).open("w", encoding="utf-8") as file:
+        Console(file=file, width=150).print(table)
+    if console.is_terminal:  # a log has the line of every block already
+        console.print(table)
+    for result in store.results.results.values():
+        if result.status != OK:
+            text = f"{result.case}, {result.mode}, {result.schedule}: {result.label}: "
+            console.print(f"{text}{result.status}: {result.message}", soft_wrap=True, markup=False)
+    for line in worst_cases(store.results):
+        console.print(line, soft_wrap=True, markup=False)
+    if left:
+        console.print(f"No time for {len(left)} of {len(cases)} cases; the same command goes on.")
+    console.print(f"Results: {store.path}", soft_wrap=True)
+    if missing("matplotlib"):
+        console.print("No page: matplotlib is not installed")
+    else:
+        _save_report(console, store.results, args.out)
+    mine = [r for r in store.results.results.values() if "fastlora" in r.provider]
+    return 1 if any(r.status not in (OK, "out of memory") for r in mine) else 0
 
 
-def _in_words(errors: dict[str, float]) -> str:
-    return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+def _check_same_machine(results: Results, machine: dict[str, str]) -> None:
+    if not results.runs:
+        return
+    before = results.runs[-1]["machine"]
+    for name in SAME:
+        if before.get(name) != machine.get(name):
+            raise ValueError(
+                f"the results there were made with {name} {before.get(name)}, here it is "
+                f"{machine.get(name)}: give another --out, or --fresh to set them aside"
+            )
 
 
-def _split(text: str, convert: Callable[[str], Any], example: str) -> tuple[Any, ...]:
-    try:
-        return tuple(convert(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected {example}, got {text!r}") from error
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return _split(text, int, "integers as in 2048,8192")
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return _split(text, float, "numbers as in 0,0.1")
+def _restart(restarts: int, spent: float) -> int:
+    """The same command in a new process image; everything that holds the GPU is closed with this one."""
+    if restarts >= MAX_RESTARTS:
+        print(f"gave up after {restarts} restarts", file=sys.stderr)
+        return 1
+    os.environ[_RESTARTS], os.environ[_SPENT] = str(restarts + 1), str(spent)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        try:
+            if int(name) > 2:
+                os.set_inheritable(int(name), False)
+        except OSError:  # the descriptor of this very listing
+            continue
+    os.execv(sys.executable, [sys.executable, "-m", "fastlora", *sys.argv[1:]])
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return _split(text, str.strip, "names as in fastlora,eager")
-
-
-def _shape(text: str) -> tuple[int, int]:
-    K, N = text.lower().split("x")
-    return int(K), int(N)
-
-
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    return _split(text, _shape, "in x out features as in 4096x4096,4096x14336")
+    return tuple(part.strip() for part in text.split(",") if part.strip())

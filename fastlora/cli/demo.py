@@ -19,10 +19,10 @@ from torch import Tensor
 
 import fastlora
 from fastlora import dispatch
+from fastlora.bench.train_providers import eager_lora_linear
 from fastlora.cli.check import CheckReport, run_check, run_interpreted_check, summarise
 from fastlora.cli.demo_task import Batch, Task, TextModel, make_task
 from fastlora.cli.memory import PeakMemory
-from fastlora.cli.providers import eager_lora_linear
 from fastlora.cli.system import describe_machine, make_console, pick_device
 
 SUMMARY = "fine-tune a real transformer with eager LoRA and with fastlora, and compare the two runs"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 import fastlora
 
-LIBRARIES = ("torch", "triton", "peft", "transformers", "numpy")
+LIBRARIES = ("torch", "triton", "peft", "transformers", "loralib", "numpy")
 
 
 def library_version(name: str) -> str:
@@ -26,19 +29,65 @@ def library_version(name: str) -> str:
         return "not installed"
 
 
-@functools.lru_cache(maxsize=1)
-def driver_version() -> str:
-    """The NVIDIA driver's version as ``nvidia-smi`` gives it, or ``"unknown"``."""
+def query_gpu(fields: Sequence[str], device: torch.device | None = None) -> dict[str, str]:
+    """What ``nvidia-smi`` says of one GPU, or nothing where it is not there or does not answer.
+
+    Args:
+        fields (Sequence[str]): of its ``--query-gpu``.
+        device (torch.device | None): the GPU. Default: ``None``, the first one.
+
+    Returns:
+        dict[str, str]: field to value.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return "unknown"
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        return {}
+    query = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    if device is not None:
+        # By its name everywhere: CUDA and nvidia-smi may number the GPUs differently.
+        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+        query += [f"--id=GPU-{uuid}"] if uuid is not None else []
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    lines = answer.stdout.split()
-    return lines[0] if lines else "unknown"
+        return {}
+    lines = answer.stdout.strip().splitlines()
+    values = lines[0].split(", ") if lines else []
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+@functools.lru_cache(maxsize=1)
+def driver_version() -> str:
+    """The NVIDIA driver's version as ``nvidia-smi`` gives it, or ``"unknown"``."""
+    return query_gpu(("driver_version",)).get("driver_version", "unknown")
+
+
+CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
+
+
+def read_clocks(device: torch.device) -> dict[str, str]:
+    """Clocks, temperature, power, and the reasons for which the GPU holds its clock back, as they are now."""
+    return query_gpu(CLOCKS, device) or query_gpu(CLOCKS[:-1], device)
+
+
+def source_state() -> dict[str, str]:
+    """The git commit of the checkout, and a hash of the sources, which are there without git as well."""
+    package = Path(fastlora.__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted([*package.glob("*.py"), *(package / "kernels").glob("*.py")]):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    state = {"git commit": "unknown", "sources": digest.hexdigest()[:12]}
+    git = ["git", "-C", str(package)]
+    try:
+        commit, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=20, check=True)
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return state
+    state["git commit"] = commit.stdout.strip() + (" and changes" if changes.stdout.strip() else "")
+    return state
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:

@@ -1,0 +1,320 @@
+"""The timing core: callables taken in turns, eagerly with host time or inside a CUDA graph.
+
+Everything that touches the device goes through a `Clock`, so that the rest of the suite, and its tests, do
+not care what the device is.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Call = Callable[[int], object]
+"""What is timed; its argument says which set of inputs to use."""
+
+EAGER, GRAPH = "eager", "graph"
+
+WARM_UP = 3
+SAMPLE_MS = 4.0
+"""A sample holds as many calls as fill about this time: an event resolves half a microsecond."""
+MAX_EAGER_CALLS, MAX_GRAPH_CALLS = 50, 128
+
+# The GPU spins this many cycles before a replay is timed, while the host launches the graph: some 0.3 ms.
+_HEAD_START_CYCLES = 500_000
+
+
+class CaptureError(RuntimeError):
+    """A callable could not be captured in a CUDA graph; what the process does next is unsafe."""
+
+
+@dataclass
+class Samples:
+    """In ms a call: between events, on the wall with a sync, and on the host until all is enqueued.
+
+    A replay of a graph has no host time of its own: its last two lists stay empty.
+    """
+
+    device_ms: list[float] = field(default_factory=list)
+    wall_ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
+    calls: int = 1
+    """Calls a sample."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph of ``calls`` calls, and what the one on the first set of inputs returned."""
+
+    replay: Callable[[], object]
+    calls: int
+    output: object = None
+
+
+class Clock(ABC):
+    """A device that can be timed."""
+
+    device: torch.device
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until the device is idle."""
+
+    @abstractmethod
+    def eager_sample(self, call: Call, first: int, calls: int) -> tuple[float, float, float]:
+        """Device, wall and host ms a call, of ``calls`` calls from set ``first`` on."""
+
+    @abstractmethod
+    def capture(self, call: Call, calls: int) -> Captured:
+        """Capture ``calls`` calls in a graph and replay it once.
+
+        Raises:
+            CaptureError: the calls do what a graph cannot hold, such as a sync.
+        """
+
+    @abstractmethod
+    def graph_sample(self, captured: Captured) -> float:
+        """Device ms a call, of one replay."""
+
+    @abstractmethod
+    def peak_bytes(self, call: Call) -> int:
+        """What one call allocates at its peak, beyond what was there before; 0 where nobody counts."""
+
+    @abstractmethod
+    def healthy(self) -> bool:
+        """Whether the device still works: an illegal access ends a CUDA context for good."""
+
+    def forget(self) -> None:
+        """Give unused memory back."""
+        gc.collect()
+
+
+class CudaClock(Clock):
+    """CUDA events on the current stream of one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Make ``device`` the current one."""
+        self.device = device
+        torch.cuda.set_device(device)
+        event: Any = torch.cuda.Event  # its constructor has no annotations in some versions
+        self._start, self._end = event(enable_timing=True), event(enable_timing=True)
+
+    def synchronize(self) -> None:
+        """Wait for every stream of the GPU."""
+        torch.cuda.synchronize(self.device)
+
+    def eager_sample(self, call: Call, first: int, calls: int) -> tuple[float, float, float]:
+        """From an idle device: host time counts wherever it is not hidden behind the GPU."""
+        self.synchronize()
+        began = time.perf_counter()
+        self._start.record()
+        for i in range(first, first + calls):
+            call(i)
+        self._end.record()
+        enqueued = time.perf_counter()
+        self.synchronize()
+        ended = time.perf_counter()
+        return (
+            self._start.elapsed_time(self._end) / calls,
+            (ended - began) * 1e3 / calls,
+            (enqueued - began) * 1e3 / calls,
+        )
+
+    def capture(self, call: Call, calls: int) -> Captured:
+        """On a side stream, after a warm-up there, with the inputs of set 0 last."""
+        gc.collect()  # a dead cycle that holds an autograd graph would tie the capture to its stream
+        current = torch.cuda.current_stream()
+        stream: Any = torch.cuda.Stream  # without annotations in some versions
+        side = stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for i in range(min(calls, WARM_UP)):
+                call(i)
+        current.wait_stream(side)
+        self.synchronize()
+        graph: Any = torch.cuda.CUDAGraph()
+        output: object = None
+        try:
+            with torch.cuda.graph(graph):
+                for i in reversed(range(calls)):
+                    output = None  # its memory serves the next call
+                    output = call(i)
+        except Exception as error:
+            # torch.cuda.graph does not restore the stream when its capture fails.
+            torch.cuda.set_stream(current)
+            raise CaptureError(f"no CUDA graph: {first_line(error)}") from error
+        graph.replay()
+        self.synchronize()
+        return Captured(graph.replay, calls, output)
+
+    def graph_sample(self, captured: Captured) -> float:
+        """The host launches the graph while the GPU spins, so that only GPU time is between the events.
+
+        A replay before it leaves L2 as the calls themselves leave it, whoever's turn it was before.
+        """
+        self.synchronize()
+        captured.replay()
+        torch.cuda._sleep(_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+        self._start.record()
+        captured.replay()
+        self._end.record()
+        self.synchronize()
+        return float(self._start.elapsed_time(self._end)) / captured.calls
+
+    def peak_bytes(self, call: Call) -> int:
+        """Of torch's allocator, on the second of two calls."""
+        call(0)
+        self.synchronize()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call(0)
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def healthy(self) -> bool:
+        """Try a small allocation, a kernel, and a sync."""
+        try:
+            self.synchronize()
+            return bool(torch.ones(8, device=self.device).sum().item() == 8)
+        except Exception:
+            return False
+
+    def forget(self) -> None:
+        """Collect garbage and empty torch's cache."""
+        super().forget()
+        with suppress(RuntimeError):  # a lost context cannot even do this
+            torch.cuda.empty_cache()
+
+
+class HostClock(Clock):
+    """The CPU with the host's own clock: for tests, and to see that a provider runs at all."""
+
+    def __init__(self) -> None:
+        """Time the CPU."""
+        self.device = torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """A CPU is never behind."""
+
+    def eager_sample(self, call: Call, first: int, calls: int) -> tuple[float, float, float]:
+        """Device, wall and host time are the same here."""
+        began = time.perf_counter()
+        for i in range(first, first + calls):
+            call(i)
+        ms = (time.perf_counter() - began) * 1e3 / calls
+        return ms, ms, ms
+
+    def capture(self, call: Call, calls: int) -> Captured:
+        """No graph: the calls themselves."""
+        output = call(0)
+        return Captured(lambda: [call(i) for i in range(calls)], calls, output)
+
+    def graph_sample(self, captured: Captured) -> float:
+        """As an eager sample."""
+        return self.eager_sample(lambda _: captured.replay(), 0, 1)[0] / captured.calls
+
+    def peak_bytes(self, call: Call) -> int:
+        """Not counted."""
+        return 0
+
+    def healthy(self) -> bool:
+        """Always."""
+        return True
+
+    def forget(self) -> None:
+        """Nothing to give back."""
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def calls_for(ms: float, most: int, multiple: int = 1) -> int:
+    """How many calls of ``ms`` make a sample: a multiple of ``multiple``, at most about ``most``."""
+    wanted = math.ceil(SAMPLE_MS / ms) if ms > 0 else most
+    groups = max(1, min(math.ceil(wanted / multiple), most // multiple))
+    return groups * multiple
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def estimate_ms(clock: Clock, call: Call) -> float:
+    """Wall time of a call after a warm-up, which compiles what is still to be compiled."""
+    for i in range(WARM_UP):
+        call(i)
+    return clock.eager_sample(call, 0, 2)[1]
+
+
+def in_turns(names: list[str], repeats: int) -> Iterator[str]:
+    """Every name once a round, each round from another one on."""
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        yield from names[first:] + names[:first]
+
+
+def time_eager(
+    clock: Clock, calls: Mapping[str, Call], counts: Mapping[str, int], repeats: int
+) -> dict[str, Samples]:
+    """Time warm callables ``repeats`` times, a sample of each in turn, as an eager program calls them.
+
+    The device is idle when a sample starts, and the host launches all calls of a sample without a sync
+    between them. Every call gets the next set of inputs.
+
+    Args:
+        clock (Clock): the device.
+        calls (Mapping[str, Call]): name to callable.
+        counts (Mapping[str, int]): name to calls a sample.
+        repeats (int): samples of each.
+
+    Returns:
+        dict[str, Samples]: samples of one turn have the same index in every list.
+    """
+    samples = {name: Samples(calls=counts[name]) for name in calls}
+    turn = 0
+    with _no_garbage_collection():
+        for name in in_turns(list(calls), repeats):
+            mine = samples[name]
+            device, wall, host = clock.eager_sample(calls[name], turn, mine.calls)
+            turn += mine.calls
+            mine.device_ms.append(device)
+            mine.wall_ms.append(wall)
+            mine.host_ms.append(host)
+    return samples
+
+
+def time_graphs(clock: Clock, captured: Mapping[str, Captured], repeats: int) -> dict[str, Samples]:
+    """Time replays of every graph ``repeats`` times, one of each in turn.
+
+    Args:
+        clock (Clock): the device.
+        captured (Mapping[str, Captured]): name to graph.
+        repeats (int): samples of each.
+
+    Returns:
+        dict[str, Samples]: with device time only.
+    """
+    samples = {name: Samples(calls=graph.calls) for name, graph in captured.items()}
+    for graph in captured.values():
+        clock.graph_sample(graph)
+    with _no_garbage_collection():
+        for name in in_turns(list(captured), repeats):
+            samples[name].device_ms.append(clock.graph_sample(captured[name]))
+    return samples

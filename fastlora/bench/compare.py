@@ -1,0 +1,128 @@
+"""What changed between two runs beyond noise: the rule, and a table of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastlora.bench.registry import FLOOR
+from fastlora.bench.results import OK, Result, Results
+from fastlora.bench.stats import mann_whitney, spread
+from fastlora.bench.workloads import COPY, MODE_LABELS
+
+MIN_EFFECT = 0.05
+LEVEL = 0.01
+
+RULE = (
+    "Compared are ratios to the floor of the same turn, which a clock that differs between the runs leaves "
+    "alone. A result changed when its median ratio moved by more than {effect:.0%}, by more than the noise "
+    "of either run (half of what lies between the 20th and the 80th percentile), and a Mann-Whitney test of "
+    "the samples gives p < {level} over the number of comparisons. A regression is a result of fastlora "
+    "that became slower so, or that is wrong or fails now."
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One result in both runs."""
+
+    key: tuple[str, str, str, str]
+    label: str
+    before: float
+    after: float
+    p: float
+    changed: bool
+    failed: str = ""
+    unit: str = "x floor"
+
+    @property
+    def effect(self) -> float:
+        """Relative change of the median; positive is slower."""
+        return self.after / self.before - 1 if self.before else 0.0
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a result of fastlora."""
+        return "fastlora" in self.key[3]
+
+    @property
+    def regression(self) -> bool:
+        """Whether it is a result of fastlora that is slower or fails."""
+        return self.ours and (bool(self.failed) or (self.changed and self.effect > 0))
+
+
+def relative_samples(results: Results, result: Result) -> tuple[list[float], str]:
+    """Each sample over the floor's of the same turn; plain ms where there is no such floor."""
+    floor = results.floor_of(result)
+    if floor is None or len(floor.device_ms) != len(result.device_ms):
+        return result.device_ms, "ms"
+    pairs = zip(result.device_ms, floor.device_ms, strict=True)
+    return [mine / its for mine, its in pairs], "x floor"
+
+
+def compare(
+    before: Results, after: Results, min_effect: float = MIN_EFFECT, level: float = LEVEL
+) -> list[Change]:
+    """Every result that both runs hold.
+
+    Args:
+        before (Results): the run to compare with.
+        after (Results): the run in question.
+        min_effect (float): smallest relative change that counts. Default: 0.05.
+        level (float): of the test, divided by the number of comparisons. Default: 0.01.
+
+    Returns:
+        list[Change]: in the order of ``before``.
+
+    Raises:
+        ValueError: the runs have nothing in common.
+    """
+    pairs = [
+        (old, after.results[key])
+        for key, old in before.results.items()
+        if key in after.results
+        and key[3] not in (FLOOR, COPY)
+        and old.status == OK
+        and old.device_ms
+    ]
+    if not pairs:
+        raise ValueError("the two runs have no result in common")
+    bound = level / len(pairs)
+    changes = []
+    for old, new in pairs:
+        old_samples, old_unit = relative_samples(before, old)
+        if new.status != OK or not new.device_ms:
+            old_median, words = spread(old_samples).median, new.message or new.status
+            changes.append(Change(old.key, old.label, old_median, 0.0, 0.0, True, words, old_unit))
+            continue
+        new_samples, unit = relative_samples(after, new)
+        if unit != old_unit:
+            old_samples, new_samples, unit = old.device_ms, new.device_ms, "ms"
+        a, b = spread(old_samples), spread(new_samples)
+        p = mann_whitney(old_samples, new_samples)
+        effect = abs(b.median / a.median - 1)
+        changed = effect > max(min_effect, a.noise, b.noise) and p < bound
+        changes.append(Change(old.key, old.label, a.median, b.median, p, changed, unit=unit))
+    return changes
+
+
+def describe_changes(changes: Sequence[Change]) -> list[str]:
+    """One line for each change, regressions first, then a count."""
+    lines = []
+    found = [c for c in changes if c.changed]
+    for change in sorted(found, key=lambda c: (not c.regression, -c.effect)):
+        case, mode, schedule, _ = change.key
+        what = "REGRESSION" if change.regression else "slower" if change.effect > 0 else "faster"
+        if change.failed:
+            what = "REGRESSION" if change.regression else "fails"
+            moved = f"was {change.before:.3f} {change.unit}, now: {change.failed}"
+        else:
+            moved = (
+                f"{change.before:.3f} -> {change.after:.3f} {change.unit} ({change.effect:+.1%})"
+            )
+        lines.append(f"{what}: {case}, {MODE_LABELS[mode]}, {schedule}, {change.label}: {moved}")
+    regressions = sum(c.regression for c in changes)
+    lines.append(
+        f"{len(changes)} results in both runs, {len(found)} changed, {regressions} regressions"
+    )
+    return lines
