@@ -51,7 +51,8 @@ def adapter_products(
     if torch.compiler.is_compiling():
         if not isinstance(scaling, Tensor):
             scaling = scaling * torch.ones(lora_A.shape[0], dtype=x.dtype, device=x.device)
-        return products_op(x, lora_A, lora_B, ids, scaling, ranks)
+        y: Tensor = products_op(x, lora_A, lora_B, ids, scaling, ranks)
+        return y
     return _products(x, lora_A, lora_B, ids, scaling, ranks)
 
 

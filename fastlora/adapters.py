@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.routing_ops import build_table, route_op, sort_rows
+from fastlora.routing_ops import all_tables, build_table, route_op, sort_rows, tables_op
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Routing:
     version: int = 0
     """How often `update_` has changed it."""
     _tables: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _complete: tuple[Tensor, ...] = ()
+    """What `complete_` made: apart, so that compiled code does not guard on what eager calls have made."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -94,6 +96,19 @@ class Routing:
         """
         return self._table("tiles", block)
 
+    def complete_(self) -> Routing:
+        """Make every table now that a layer may ask for: compiled layers then share them, too.
+
+        Compiled code takes them as they are. Of a routing without them each compiled layer makes its own,
+        unless the compiler merges that work, which it does where there are gradients. A routing that
+        compiled code made itself is complete.
+
+        Returns:
+            Routing: itself.
+        """
+        self._complete = tuple(all_tables(self.ids, self.sorted_ids, self.num_adapters))
+        return self
+
     def update_(self, adapter_ids: Tensor) -> Routing:
         """Take other ids for the same number of rows, in place: tables keep their addresses.
 
@@ -121,6 +136,8 @@ class Routing:
             mine.copy_(other)
         for key, table in self._tables.items():
             table.copy_(build_table(*key, self.ids, self.sorted_ids, self.num_adapters))
+        if self._complete:
+            torch._foreach_copy_(self._complete, new.complete_()._complete)
         self.version += 1
         return self
 
@@ -159,9 +176,12 @@ def route(adapter_ids: Tensor, num_adapters: int) -> Routing:
         raise TypeError(f"adapter_ids must be int32 or int64, got {adapter_ids.dtype}")
     if adapter_ids.dim() != 1:
         raise ValueError(f"adapter_ids must have one dimension, got {tuple(adapter_ids.shape)}")
-    sort = route_op if torch.compiler.is_compiling() else sort_rows
-    ids, order, sorted_ids = sort(adapter_ids, num_adapters)
-    return Routing(ids, num_adapters, order, sorted_ids)
+    if not torch.compiler.is_compiling():
+        ids, order, sorted_ids = sort_rows(adapter_ids, num_adapters)
+        return Routing(ids, num_adapters, order, sorted_ids)
+    ids, order, sorted_ids = route_op(adapter_ids, num_adapters)
+    tables = tuple(tables_op(ids, sorted_ids, num_adapters))
+    return Routing(ids, num_adapters, order, sorted_ids, _complete=tables)
 
 
 def stack_adapters(

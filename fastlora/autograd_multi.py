@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters import Routing
-from fastlora.autograd import _KernelFunction, waited_for
+from fastlora.autograd import waited_for
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import (
     MULTI_BLOCK_M,
@@ -114,14 +114,10 @@ def keep(
     x, weight, bias, lora_A, lora_B, scaling, ranks, _, dropout_p, need_s = inputs
     _, s, mask = output
     need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-    if need_b and not need_s:
-        raise ValueError("need_s must be True where lora_B requires a gradient, got False")
     keep_mask = (need_x or need_a) and dropout_threshold(dropout_p) > 0
-    ctx.mark_non_differentiable(*(t for t in (s, mask) if t is not None))
-    ctx.set_materialize_grads(False)  # no zeros for s and the mask
     ctx.save_for_backward(
         x if need_w or need_a else None, weight, lora_A, lora_B,
-        s if need_b else None, mask if keep_mask else None, scaling, ranks, *tables,
+        s if need_b and need_s else None, mask if keep_mask else None, scaling, ranks, *tables,
     )  # fmt: skip
     ctx.dropout_p = dropout_p
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -136,6 +132,8 @@ def gradients(
     """
     x, weight, lora_A, lora_B, s, mask, scaling, ranks, *tables = ctx.saved_tensors
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    if need_b and s is None:
+        raise ValueError("need_s must be True where lora_B requires a gradient, got False")
     dx, da, db = backward(
         dy, x, weight, lora_A, lora_B, s, mask, scaling, ranks, ctx.dropout_p,
         need_x, need_a, need_b, tables,
@@ -145,26 +143,21 @@ def gradients(
     return dx, dw, dbias, da, db
 
 
-class LoRALinearMultiFunction(_KernelFunction):
-    """``y[m] = x[m] W0^T + bias + scaling[l] * dropout(x[m]) A[l]^T B[l]^T``, ``l = ids[m]``, fused.
-
-    Beside y it gives s and the mask, ``None`` where there is none.
-    """
-
-    forward = staticmethod(fused_forward)
+class LoRALinearMultiFunction(torch.autograd.Function):
+    """``y[m] = x[m] W0^T + bias + scaling[l] * dropout(x[m]) A[l]^T B[l]^T``, ``l = ids[m]``, fused."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """`keep`, and the tables of this step: an update of them must not reach this backward."""
-        *tensors, routing = inputs
-        keep(ctx, tuple(tensors), output)
-        ctx.routing, ctx.routing_version = routing, routing.version
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Take the arguments of `fused_forward`; give y ``[M, N]``."""
+        output = fused_forward(*inputs)
+        keep(ctx, inputs[:-1], output)
+        # The tables of this step: an in-place update for the next one must not reach this backward.
+        ctx.routing, ctx.routing_version = inputs[-1], inputs[-1].version
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
-        if dy is None:
-            return (None,) * 11
         if torch.is_grad_enabled():  # create_graph=True: these gradients would be constants in it
             raise RuntimeError(
                 "fastlora's kernels have no double backward (create_graph=True); run this part "
@@ -175,5 +168,8 @@ class LoRALinearMultiFunction(_KernelFunction):
             raise RuntimeError(
                 "the routing of this forward was changed by update_ before its backward"
             )
-        grads = gradients(ctx, waited_for(dy), lambda *args: fused_backward(*args[:-1], routing))
-        return (*grads, None, None, None, None, None, None)
+
+        def backward(*args: Any) -> tuple[Tensor | None, ...]:
+            return fused_backward(*args[:-1], routing)  # type: ignore[call-arg]
+
+        return (*gradients(ctx, waited_for(dy), backward), *[None] * 6)

@@ -89,20 +89,14 @@ def lora_linear_multi(
         scaling = scaling * torch.ones(L, dtype=torch.float32, device=x.device)
     else:
         scaling = _filled(float(scaling), L, x.device)
-    run = ops_multi.lora_linear_multi if compiling else LoRALinearMultiFunction.apply
-    y, _, _ = run(
-        rows,
-        weight,
-        None if bias is None else bias.contiguous(),
-        lora_A,
-        lora_B,
-        scaling,
-        ranks,
-        seed,
-        dropout_p,
-        lora_B.requires_grad and torch.is_grad_enabled(),
-        ops_multi.tables_of(routing) if compiling else routing,
-    )
+    arguments = (
+        rows, weight, None if bias is None else bias.contiguous(), lora_A, lora_B, scaling, ranks,
+        seed, dropout_p, lora_B.requires_grad and torch.is_grad_enabled(),
+    )  # fmt: skip
+    if compiling:
+        y, _, _ = ops_multi.lora_linear_multi(*arguments, ops_multi.tables_of(routing))
+    else:
+        y = LoRALinearMultiFunction.apply(*arguments, routing)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 

@@ -16,20 +16,18 @@ from fastlora.autograd_multi import fused_backward, fused_forward, gradients, ke
 from fastlora.kernels.common import empty_rows
 from fastlora.kernels.config import cdiv, dropout_threshold
 from fastlora.ops import or_empty
-from fastlora.routing_ops import TABLES, tables_op
+from fastlora.routing_ops import TABLES, tables_op, unflattened
 
 
 def tables_of(routing: Routing) -> list[Tensor]:
     """What the ops take as ``tables``: the rows of a routing, and every table made from them."""
-    tables = tables_op(routing.ids, routing.sorted_ids, routing.num_adapters)
+    tables = routing._complete or tables_op(routing.ids, routing.sorted_ids, routing.num_adapters)
     return [routing.ids, routing.order, routing.sorted_ids, *tables]
 
 
 def _routing(tables: list[Tensor], num_adapters: int) -> Routing:
     ids, order, sorted_ids, *made = tables
-    return Routing(
-        ids, num_adapters, order, sorted_ids, _tables=dict(zip(TABLES, made, strict=True))
-    )
+    return Routing(ids, num_adapters, order, sorted_ids, _tables=unflattened(made, num_adapters))
 
 
 @torch.library.custom_op(
@@ -113,6 +111,8 @@ def _backward_op(*args: Any) -> tuple[Tensor | None, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     *shared, tables = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for s and the mask
     keep(ctx, tuple(shared), output, tuple(tables))
 
 

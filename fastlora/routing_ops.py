@@ -6,6 +6,9 @@ of it runs once a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -84,27 +87,37 @@ def _(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, order, sorted_ids
 
 
-@torch.library.custom_op(
+def all_tables(ids: Tensor, sorted_ids: Tensor, num_adapters: int) -> list[Tensor]:
+    """Each of `TABLES`, flat: a dimension of unknown size beside another is one that a compiler guards on."""
+    return [build_table(*key, ids, sorted_ids, num_adapters).flatten() for key in TABLES]
+
+
+def unflattened(tables: Sequence[Tensor], num_adapters: int) -> dict[tuple[str, int], Tensor]:
+    """What `all_tables` gives, as a `Routing` keeps it."""
+    return {
+        (kind, block): table.view(-1, min(block, num_adapters)) if kind == "tiles" else table
+        for (kind, block), table in zip(TABLES, tables, strict=True)
+    }
+
+
+tables_op = torch.library.custom_op(
     "fastlora::routing_tables",
+    all_tables,
     mutates_args=(),
     schema="(Tensor ids, Tensor sorted_ids, SymInt num_adapters) -> Tensor[]",
 )
-def tables_op(ids: Tensor, sorted_ids: Tensor, num_adapters: int) -> list[Tensor]:
-    """Each of `TABLES`: which of them a layer asks for, its op finds out when it runs."""
-    return [build_table(kind, block, ids, sorted_ids, num_adapters) for kind, block in TABLES]
 
 
 @tables_op.register_fake
 def _(ids: Tensor, sorted_ids: Tensor, num_adapters: int) -> list[Tensor]:
     M, L = ids.shape[0], num_adapters
+    smaller: Any = torch.sym_min  # min would decide, and guard on it
 
-    def shape(
-        kind: str, block: int
-    ) -> tuple[int, ...]:  # sym_min: min would decide, and guard on it
+    def size(kind: str, block: int) -> Any:
         if kind == "tiles":
-            return cdiv(M, block), torch.sym_min(block, L)
+            return cdiv(M, block) * smaller(block, L)
         if kind == "blocks":
-            return (torch.sym_min(M, cdiv(M, block) + L),)
-        return (torch.sym_min(M, L) + 1,)
+            return smaller(M, cdiv(M, block) + L)
+        return smaller(M, L) + 1
 
-    return [ids.new_empty(shape(*key)) for key in TABLES]
+    return [ids.new_empty((size(*key),)) for key in TABLES]
