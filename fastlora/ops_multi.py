@@ -40,7 +40,7 @@ def _routing(tables: list[Tensor], num_adapters: int) -> Routing:
 def lora_linear_multi(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`fused_forward`, with an empty tensor for s or a mask that is not there."""
     *shared, tables = args
-    y, s, mask = fused_forward(x, *shared, _routing(tables, shared[2].shape[0]))
+    y, s, mask = fused_forward(x, *shared, _routing(tables, shared[2].shape[0]))  # type: ignore[call-arg]
     return y, or_empty(s, x), or_empty(mask, x, torch.uint8)
 
 
@@ -75,7 +75,7 @@ def _(
 def lora_linear_multi_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`fused_backward`, with an empty tensor for a gradient that is not needed."""
     *shared, tables = args
-    dx, da, db = fused_backward(dy, *shared, _routing(tables, shared[2].shape[0]))
+    dx, da, db = fused_backward(dy, *shared, _routing(tables, shared[2].shape[0]))  # type: ignore[call-arg]
     db = None if db is None else db.contiguous()
     return or_empty(dx, dy), or_empty(da, dy), or_empty(db, dy)
 
