@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NO_ADAPTER = -1
-"""The id of a row that uses no adapter: the frozen layer alone."""
+from fastlora.routing_ops import all_tables, build_table, route_op, sort_rows, tables_op
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ class Routing:
     version: int = 0
     """How often `update_` has changed it."""
     _tables: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _complete: tuple[Tensor, ...] = ()
+    """What `complete_` made: apart, so that compiled code does not guard on what eager calls have made."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -95,6 +96,19 @@ class Routing:
         """
         return self._table("tiles", block)
 
+    def complete_(self) -> Routing:
+        """Make every table now that a layer may ask for: compiled layers then share them, too.
+
+        Compiled code takes them as they are. Of a routing without them each compiled layer makes its own,
+        unless the compiler merges that work, which it does where there are gradients. A routing that
+        compiled code made itself is complete.
+
+        Returns:
+            Routing: itself.
+        """
+        self._complete = tuple(all_tables(self.ids, self.sorted_ids, self.num_adapters))
+        return self
+
     def update_(self, adapter_ids: Tensor) -> Routing:
         """Take other ids for the same number of rows, in place: tables keep their addresses.
 
@@ -121,42 +135,18 @@ class Routing:
         ):
             mine.copy_(other)
         for key, table in self._tables.items():
-            table.copy_(self._build(*key))
+            table.copy_(build_table(*key, self.ids, self.sorted_ids, self.num_adapters))
+        if self._complete:
+            torch._foreach_copy_(self._complete, new.complete_()._complete)
         self.version += 1
         return self
 
     def _table(self, kind: str, block: int) -> Tensor:
         table = self._tables.get((kind, block))
         if table is None:
-            table = self._tables[kind, block] = self._build(kind, block)
+            table = build_table(kind, block, self.ids, self.sorted_ids, self.num_adapters)
+            self._tables[kind, block] = table
         return table
-
-    def _build(self, kind: str, block: int) -> Tensor:
-        M, L, device = len(self), self.num_adapters, self.ids.device
-        if kind == "tiles":
-            tiles, width = -(-M // block), min(block, L)
-            padded = torch.full((tiles * block,), NO_ADAPTER, dtype=torch.int32, device=device)
-            padded[:M] = self.ids
-            found = padded.view(tiles, block).sort(dim=1).values
-            first = torch.ones_like(found, dtype=torch.bool)
-            first[:, 1:] = found[:, 1:] != found[:, :-1]
-            first &= found != NO_ADAPTER
-            column = (first.cumsum(1) - 1).masked_fill(~first, width)  # the last column is a bin
-            slots = found.new_full((tiles, width + 1), NO_ADAPTER)
-            return slots.scatter_(1, column, found)[:, :width].contiguous()
-        position = torch.arange(M, dtype=torch.int32, device=device)
-        new = torch.ones(M, dtype=torch.bool, device=device)
-        new[1:] = self.sorted_ids[1:] != self.sorted_ids[:-1]
-        if kind == "blocks":
-            begin = torch.where(new, position, 0).cummax(0).values
-            new = (position - begin) % block == 0
-            size = min(M, -(-M // block) + L)
-        else:
-            size = min(M, L) + 1
-        new &= self.sorted_ids != NO_ADAPTER
-        index = (new.cumsum(0) - 1).masked_fill(~new, size)
-        starts = position.new_full((size + 1,), M)
-        return starts.scatter_(0, index, position)[:size].contiguous()
 
 
 def route(adapter_ids: Tensor, num_adapters: int) -> Routing:
@@ -186,23 +176,12 @@ def route(adapter_ids: Tensor, num_adapters: int) -> Routing:
         raise TypeError(f"adapter_ids must be int32 or int64, got {adapter_ids.dtype}")
     if adapter_ids.dim() != 1:
         raise ValueError(f"adapter_ids must have one dimension, got {tuple(adapter_ids.shape)}")
-    valid = ((adapter_ids >= NO_ADAPTER) & (adapter_ids < num_adapters)).all()
-    if adapter_ids.device.type == "cpu":
-        if not valid:
-            wrong = adapter_ids[(adapter_ids < NO_ADAPTER) | (adapter_ids >= num_adapters)]
-            raise ValueError(
-                f"adapter_ids must be from -1 to {num_adapters - 1}, got {int(wrong[0])}"
-            )
-    else:
-        torch._assert_async(valid, f"adapter_ids must be from -1 to {num_adapters - 1}")
-    sorted_ids, order = adapter_ids.sort(stable=True)
-    return Routing(
-        # Its own copy: the caller may overwrite its ids for the next step.
-        adapter_ids.to(torch.int32, copy=True),
-        num_adapters,
-        order.to(torch.int32),
-        sorted_ids.to(torch.int32),
-    )
+    if not torch.compiler.is_compiling():
+        ids, order, sorted_ids = sort_rows(adapter_ids, num_adapters)
+        return Routing(ids, num_adapters, order, sorted_ids)
+    ids, order, sorted_ids = route_op(adapter_ids, num_adapters)
+    tables = tuple(tables_op(ids, sorted_ids, num_adapters))
+    return Routing(ids, num_adapters, order, sorted_ids, _complete=tables)
 
 
 def stack_adapters(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.autograd import waited_for
 from fastlora.kernels.lora_embedding import lora_embedding
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.reference import sparse_columns
@@ -62,6 +63,7 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         ids, lora_B, s, scaling = ctx.saved_tensors
         spec: EmbeddingSpec = ctx.spec
         _, need_w, need_a, need_b = ctx.needs_input_grad[:4]
+        dy = waited_for(dy)
         dw = da = db = ds = None
         if need_a or need_b:
             factor = spec.scaling if scaling is None else scaling

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.autograd import waited_for
 from fastlora.kernels.lora_forward_sliced import Slices, lora_forward_sliced
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_b import lora_grad_b
@@ -69,6 +70,7 @@ class LoRAMergedLinearFunction(torch.autograd.Function):
         x, weight, lora_A, lora_B, s, mask, scaling = ctx.saved_tensors
         spec: MergedSpec = ctx.spec
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        dy = waited_for(dy)
         if dy.stride(1) != 1:
             dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
         factor = spec.scaling if scaling is None else scaling

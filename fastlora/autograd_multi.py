@@ -1,7 +1,12 @@
-"""The `torch.autograd.Function` of many adapters: what is routed, what is saved, which gradients are made."""
+"""The fused LoRA linear of many adapters for autograd: the launches, what is saved, which gradients.
+
+`LoRALinearMultiFunction` is the eager form; its routing keeps the tables that layers share.
+`fastlora.ops_multi` registers the same functions with `torch.library`; there the tables are tensors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,53 +15,145 @@ from torch import Tensor
 from fastlora.adapters import Routing
 from fastlora.autograd import waited_for
 from fastlora.kernels.common import device_properties
-from fastlora.kernels.config import MULTI_BLOCK_M, keep_scale, multi_shrink_parts
+from fastlora.kernels.config import (
+    MULTI_BLOCK_M,
+    dropout_threshold,
+    keep_scale,
+    multi_shrink_parts,
+)
 from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 
 
-class LoRALinearMultiFunction(torch.autograd.Function):
-    """``y[m] = x[m] W0^T + bias + scaling[l] * dropout(x[m]) A[l]^T B[l]^T``, ``l = ids[m]``, fused.
+def fused_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    ranks: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    need_s: bool,
+    routing: Routing,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Take x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, lora_A ``[L, R, K]``, lora_B ``[L, N, R]``.
 
-    Saved for backward: x, s ``[M, R]``, the parameters, and the mask at one bit an element of x.
+    Give y ``[M, N]``, s ``[M, R]``, ``None`` unless ``need_s``, and the mask ``[M, ceil(K / 8)]``, ``None``
+    without dropout. The gradient of lora_B is what needs s.
     """
+    tiles = multi_gemm_tiles(x, weight)
+    in_parts = tiles[0] == "decode" and not need_s  # backward wants s as one tensor
+    num_sms = device_properties(x.device)[1]
+    s, mask = lora_multi_shrink(
+        x, lora_A, scaling, ranks,
+        (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M)), MULTI_BLOCK_M,
+        dropout_p, seed, parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
+    )  # fmt: skip
+    slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
+    y = lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias)
+    return y, s[0] if need_s else None, mask
+
+
+def fused_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    mask: Tensor | None,
+    scaling: Tensor,
+    ranks: Tensor | None,
+    dropout_p: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    routing: Routing,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Take dy ``[M, N]`` and what `keep` saved; give dx, dA and dB where they are needed.
+
+    x may be ``None`` where dA is not needed, and s where dB is not.
+    """
+    if not (need_x or need_a or need_b):
+        return None, None, None
+    if dy.stride(1) != 1:
+        dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
+    rows = (routing.order, routing.sorted_ids)
+    dx = da = db = ds = None
+    if need_x or need_a:
+        ds, _ = lora_multi_shrink(
+            dy, lora_B.transpose(1, 2), scaling, ranks,
+            (*rows, routing.block_starts(MULTI_BLOCK_M)), MULTI_BLOCK_M, factor=keep_scale(dropout_p),
+        )  # fmt: skip
+    if need_x and ds is not None:
+        turned = weight.t()
+        tiles = multi_gemm_tiles(dy, turned, None if mask is None else lora_A.shape[1])
+        slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
+        dx = lora_multi_gemm(dy, turned, ds, lora_A.transpose(1, 2), ranks, slots, tiles, mask=mask)
+    if need_a and ds is not None:
+        da = lora_multi_grad(
+            x, ds[0], mask, ranks, (*rows, routing.segment_starts()), len(lora_A), lora_A.dtype
+        )
+    if need_b:
+        db = lora_multi_grad(
+            dy, s, None, ranks, (*rows, routing.segment_starts()), len(lora_B), lora_B.dtype
+        ).transpose(1, 2)
+    return dx, da, db
+
+
+def keep(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], tables: tuple[Tensor, ...] = ()
+) -> None:
+    """Keep what the needed gradients need: x, s ``[M, R]``, the parameters, the mask's bits, the tables.
+
+    ``inputs`` are those of `fused_forward` but for its routing.
+    """
+    x, weight, bias, lora_A, lora_B, scaling, ranks, _, dropout_p, need_s = inputs
+    _, s, mask = output
+    need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
+    keep_mask = (need_x or need_a) and dropout_threshold(dropout_p) > 0
+    ctx.save_for_backward(
+        x if need_w or need_a else None, weight, lora_A, lora_B,
+        s if need_b and need_s else None, mask if keep_mask else None, scaling, ranks, *tables,
+    )  # fmt: skip
+    ctx.dropout_p = dropout_p
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def gradients(
+    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
+    """Take dy ``[M, N]``; give dx, dW, dbias, dA and dB where they are needed, each in its own dtype.
+
+    ``backward`` takes the arguments of `fused_backward`, and the saved tables in place of the routing.
+    """
+    x, weight, lora_A, lora_B, s, mask, scaling, ranks, *tables = ctx.saved_tensors
+    need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    if need_b and s is None:
+        raise ValueError("need_s must be True where lora_B requires a gradient, got False")
+    dx, da, db = backward(
+        dy, x, weight, lora_A, lora_B, s, mask, scaling, ranks, ctx.dropout_p,
+        need_x, need_a, need_b, tables,
+    )  # fmt: skip
+    dw = dy.t() @ x if need_w else None
+    dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
+    return dx, dw, dbias, da, db
+
+
+class LoRALinearMultiFunction(torch.autograd.Function):
+    """``y[m] = x[m] W0^T + bias + scaling[l] * dropout(x[m]) A[l]^T B[l]^T``, ``l = ids[m]``, fused."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: Tensor,
-        ranks: Tensor | None,
-        seed: Tensor | None,
-        routing: Routing,
-        dropout_p: float,
-    ) -> Tensor:
-        """Take x ``[M, K]``, lora_A ``[L, R, K]``, lora_B ``[L, N, R]``; give y ``[M, N]``."""
-        need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
-        tiles = multi_gemm_tiles(x, weight)
-        decoding = tiles[0] == "decode" and not need_b  # backward wants s as one tensor
-        num_sms = device_properties(x.device)[1]
-        s, mask = lora_multi_shrink(
-            x, lora_A, scaling, ranks,
-            (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M)), MULTI_BLOCK_M,
-            dropout_p, seed, parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if decoding else 1,
-        )  # fmt: skip
-        slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
-        y = lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias)
-        ctx.save_for_backward(
-            x if need_w or need_a else None, weight, lora_A, lora_B,
-            s if need_b else None, mask if need_x or need_a else None, scaling, ranks,
-        )  # fmt: skip
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Take the arguments of `fused_forward`; give y ``[M, N]``."""
+        output = fused_forward(*inputs)
+        keep(ctx, inputs[:-1], output)
         # The tables of this step: an in-place update for the next one must not reach this backward.
-        ctx.routing, ctx.routing_version = routing, routing.version
-        ctx.dropout_p = dropout_p
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        ctx.routing, ctx.routing_version = inputs[-1], inputs[-1].version
+        return output[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,37 +168,8 @@ class LoRALinearMultiFunction(torch.autograd.Function):
             raise RuntimeError(
                 "the routing of this forward was changed by update_ before its backward"
             )
-        x, weight, lora_A, lora_B, s, mask, scaling, ranks = ctx.saved_tensors
-        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        dy = waited_for(dy)
-        if dy.stride(1) != 1:
-            dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
-        rows = (routing.order, routing.sorted_ids)
-        dx = dw = dbias = da = db = ds = None
-        if need_x or need_a:
-            ds, _ = lora_multi_shrink(
-                dy, lora_B.transpose(1, 2), scaling, ranks,
-                (*rows, routing.block_starts(MULTI_BLOCK_M)), MULTI_BLOCK_M,
-                factor=keep_scale(ctx.dropout_p),
-            )  # fmt: skip
-        if need_x and ds is not None:
-            turned = weight.t()
-            tiles = multi_gemm_tiles(dy, turned, None if mask is None else lora_A.shape[1])
-            slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
-            right = lora_A.transpose(1, 2)
-            dx = lora_multi_gemm(dy, turned, ds, right, ranks, slots, tiles, mask=mask)
-        if need_a and ds is not None:
-            da = lora_multi_grad(
-                x, ds[0], mask, ranks, (*rows, routing.segment_starts()),
-                len(lora_A), lora_A.dtype,
-            )  # fmt: skip
-        if need_b:
-            db = lora_multi_grad(
-                dy, s[0], None, ranks, (*rows, routing.segment_starts()),
-                len(lora_B), lora_B.dtype,
-            ).transpose(1, 2)  # fmt: skip
-        if need_w:
-            dw = dy.t() @ x
-        if need_bias:
-            dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw, dbias, da, db, None, None, None, None, None
+
+        def backward(*args: Any) -> tuple[Tensor | None, ...]:
+            return fused_backward(*args[:-1], routing)  # type: ignore[call-arg]
+
+        return (*gradients(ctx, waited_for(dy), backward), *[None] * 6)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapter_source import HostAdapter, Requirements, from_tensors, read_folder
-from fastlora.adapters import NO_ADAPTER, AdapterStack
+from fastlora.adapters import AdapterStack
 from fastlora.bank_pool import LoadCancelled, Pool, servable_layers
 from fastlora.bank_slots import BankFullError, BankStats, Entry, Slots
 from fastlora.modules import FLOAT_DTYPES, MAX_RANK
+from fastlora.routing_ops import NO_ADAPTER
 
 __all__ = ["AdapterBank", "BankFullError", "BankStats", "LoadCancelled"]
 

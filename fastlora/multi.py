@@ -9,8 +9,12 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.adapters import AdapterStack, Routing, route
-from fastlora.dispatch import problem_for
+from fastlora.dispatch import HAS_TRITON, problem_for
 from fastlora.functional import autocast_linear, check_dropout, check_tensors
+
+if HAS_TRITON:
+    from fastlora import ops_multi
+    from fastlora.autograd_multi import LoRALinearMultiFunction
 
 
 def lora_linear_multi(
@@ -67,7 +71,7 @@ def lora_linear_multi(
     dropout_p = check_dropout(dropout_p)
     dropout_p = dropout_p if training else 0.0
     x, weight, bias = autocast_linear(x, weight, bias)
-    routing = _routing_of(adapter_ids, x, len(stack))
+    routing = _routing_of(adapter_ids, x, lora_A.shape[0])
     seed = reference.draw_seed(x.device) if dropout_p > 0 else None
     rows = x.reshape(-1, x.shape[-1])
     if problem_for(x, weight, lora_A, lora_B):
@@ -77,16 +81,22 @@ def lora_linear_multi(
         )  # fmt: skip
         return y.view(*x.shape[:-1], weight.shape[0])
 
-    from fastlora.autograd_multi import LoRALinearMultiFunction  # needs Triton
-
+    L = lora_A.shape[0]
+    compiling = torch.compiler.is_compiling()
     if isinstance(scaling, Tensor):
         scaling = scaling.detach().to(torch.float32).contiguous()
+    elif compiling:  # as `lora_linear`: a number alone would be a constant of the graph
+        scaling = scaling * torch.ones(L, dtype=torch.float32, device=x.device)
     else:
-        scaling = _filled(float(scaling), len(stack), x.device)
-    y = LoRALinearMultiFunction.apply(  # type: ignore[no-untyped-call]
-        rows, weight, None if bias is None else bias.contiguous(), lora_A, lora_B,
-        scaling, ranks, seed, routing, dropout_p,
+        scaling = _filled(float(scaling), L, x.device)
+    arguments = (
+        rows, weight, None if bias is None else bias.contiguous(), lora_A, lora_B, scaling, ranks,
+        seed, dropout_p, lora_B.requires_grad and torch.is_grad_enabled(),
     )  # fmt: skip
+    if compiling:
+        y, _, _ = ops_multi.lora_linear_multi(*arguments, ops_multi.tables_of(routing))
+    else:
+        y = LoRALinearMultiFunction.apply(*arguments, routing)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 
@@ -109,8 +119,9 @@ def _routing_of(adapter_ids: Tensor | Routing, x: Tensor, num_adapters: int) -> 
     """The routing of the rows of x, checked against them."""
     rows = x.shape[:-1].numel()
     if isinstance(adapter_ids, Routing):
-        if len(adapter_ids) != rows:
-            raise ValueError(f"adapter_ids routes {len(adapter_ids)} rows, x has {rows}")
+        routed = adapter_ids.ids.shape[0]
+        if routed != rows:
+            raise ValueError(f"adapter_ids routes {routed} rows, x has {rows}")
         if adapter_ids.num_adapters != num_adapters:
             raise ValueError(
                 f"adapter_ids was routed for {adapter_ids.num_adapters} adapters, "

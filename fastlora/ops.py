@@ -23,7 +23,7 @@ from fastlora.kernels.common import empty_rows
 from fastlora.kernels.config import cdiv, dropout_threshold
 
 
-def _or_empty(t: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def or_empty(t: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An output that is not there, as the empty tensor that an op must return for it."""
     return like.new_empty((0,), dtype=dtype) if t is None else t
 
@@ -37,7 +37,7 @@ def _or_empty(t: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) 
 def lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`fused_forward`, with an empty mask where there is none."""
     y, s, mask = fused_forward(x, *args)
-    return y, s, _or_empty(mask, x, torch.uint8)
+    return y, s, or_empty(mask, x, torch.uint8)
 
 
 @lora_linear.register_fake
@@ -57,7 +57,7 @@ def _(
     s = empty_rows(M, lora_A.shape[0], x.dtype, x.device)
     has_mask = dropout_threshold(dropout_p) > 0
     mask = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if has_mask else None
-    return y, s, _or_empty(mask, x, torch.uint8)
+    return y, s, or_empty(mask, x, torch.uint8)
 
 
 @torch.library.custom_op(
@@ -71,7 +71,7 @@ def lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     """`fused_backward`, with an empty tensor for a gradient that is not needed."""
     dx, da, db = fused_backward(dy, *args)
     db = None if db is None else db.contiguous()  # some launches give it transposed
-    return _or_empty(dx, dy), _or_empty(da, dy), _or_empty(db, dy)
+    return or_empty(dx, dy), or_empty(da, dy), or_empty(db, dy)
 
 
 @lora_linear_backward.register_fake
@@ -94,7 +94,7 @@ def _(
     dx = dy.new_empty((M, K)) if need_x else None
     da = lora_A.new_empty(lora_A.shape) if need_a else None
     db = lora_B.new_empty(lora_B.shape) if need_b else None
-    return _or_empty(dx, dy), _or_empty(da, dy), _or_empty(db, dy)
+    return or_empty(dx, dy), or_empty(da, dy), or_empty(db, dy)
 
 
 def _backward_op(*args: Any) -> tuple[Tensor | None, ...]:

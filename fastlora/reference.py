@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora.adapter_products import adapter_products
 from fastlora.kernels.config import PHILOX_ROUNDS, dropout_threshold, keep_scale
 
 MERGE_BLOCK = 1 << 24  # elements that `lora_merge` holds in fp32 at a time
@@ -175,17 +176,8 @@ def lora_linear_multi(
     with no_autocast(x.device.type):
         x_c = x.to(compute)
         dropped = _drop(x_c, dropout_p if training else 0.0, seed)
-        # The empty slices put both stacks into the graph: zeros for adapters that do not occur.
-        y = x_c @ weight.to(compute).t() + (lora_A[:0].sum() + lora_B[:0].sum()).to(compute)
-        for adapter in torch.unique(adapter_ids).tolist():
-            if adapter < 0:
-                continue
-            rows = (adapter_ids == adapter).nonzero().squeeze(1)
-            r = lora_A.shape[1] if ranks is None else int(ranks[adapter])
-            factor = scaling[adapter].to(compute) if isinstance(scaling, Tensor) else scaling
-            a, b = lora_A[adapter, :r].to(compute), lora_B[adapter, :, :r].to(compute)
-            s = factor * (dropped[rows] @ a.t())
-            y = y.index_add(0, rows, s @ b.t())
+        y = x_c @ weight.to(compute).t()
+        y = y + adapter_products(dropped, lora_A, lora_B, adapter_ids, scaling, ranks)
         if bias is not None:
             y = y + bias.to(compute)
     return y.to(x.dtype)

@@ -138,6 +138,9 @@ def multi_shrink_config(itemsize: int, R: int, precision: str, block_m: int) -> 
 MULTI_BLOCK_M = 16
 """Rows of a block of `lora_multi_shrink`: few, so that a batch of many adapters pads few rows."""
 
+MULTI_TILES = (16, 32, 64, 128)
+"""Each BLOCK_M that the tiles of `lora_multi_gemm` may have."""
+
 
 def multi_gemm_tma_config(
     M: int, N: int, itemsize: int, num_sms: int, masked_rank: int | None

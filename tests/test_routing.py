@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastlora
-from fastlora.adapters import NO_ADAPTER
+from fastlora.routing_ops import NO_ADAPTER
 
 batches = st.integers(1, 9).flatmap(
     lambda L: st.tuples(st.lists(st.integers(-1, L - 1), min_size=1, max_size=70), st.just(L))

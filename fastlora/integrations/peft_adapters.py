@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters import (
-    NO_ADAPTER,
     AdapterStack,
     Routing,
     constants,
     padded_stacks,
     route,
 )
+from fastlora.routing_ops import NO_ADAPTER
 
 
 class Adapter(NamedTuple):

@@ -1,0 +1,123 @@
+"""What routes the rows of a batch, as functions of tensors and as the ops that compiled code goes through.
+
+The ops hold the eager code as it is: it reads ids on the CPU to check them, and what a compiler could fuse
+of it runs once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.kernels.config import MULTI_BLOCK_M, MULTI_TILES, cdiv
+
+NO_ADAPTER = -1
+"""The id of a row that uses no adapter: the frozen layer alone."""
+
+TABLES = (("blocks", MULTI_BLOCK_M), ("segments", 0), *(("tiles", block) for block in MULTI_TILES))
+"""Every table that the kernels of a layer may ask for."""
+
+
+def sort_rows(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Check ids ``[M]``; give ``ids``, ``order`` and ``sorted_ids`` of a `Routing`, int32."""
+    valid = ((adapter_ids >= NO_ADAPTER) & (adapter_ids < num_adapters)).all()
+    if adapter_ids.device.type == "cpu":
+        if not valid:
+            wrong = adapter_ids[(adapter_ids < NO_ADAPTER) | (adapter_ids >= num_adapters)]
+            raise ValueError(
+                f"adapter_ids must be from -1 to {num_adapters - 1}, got {int(wrong[0])}"
+            )
+    else:
+        torch._assert_async(valid, f"adapter_ids must be from -1 to {num_adapters - 1}")
+    sorted_ids, order = adapter_ids.sort(stable=True)
+    # Its own copy: the caller may overwrite its ids for the next step.
+    ids = adapter_ids.to(torch.int32, copy=True)
+    return ids, order.to(torch.int32), sorted_ids.to(torch.int32)
+
+
+def build_table(
+    kind: str, block: int, ids: Tensor, sorted_ids: Tensor, num_adapters: int
+) -> Tensor:
+    """One table of a `Routing`: ``"blocks"`` or ``"tiles"`` of ``block`` rows, or ``"segments"``."""
+    M, L, device = ids.shape[0], num_adapters, ids.device
+    if kind == "tiles":
+        tiles, width = cdiv(M, block), min(block, L)
+        padded = torch.full((tiles * block,), NO_ADAPTER, dtype=torch.int32, device=device)
+        padded[:M] = ids
+        found = padded.view(tiles, block).sort(dim=1).values
+        first = torch.ones_like(found, dtype=torch.bool)
+        first[:, 1:] = found[:, 1:] != found[:, :-1]
+        first &= found != NO_ADAPTER
+        column = (first.cumsum(1) - 1).masked_fill(~first, width)  # the last column is a bin
+        slots = found.new_full((tiles, width + 1), NO_ADAPTER)
+        return slots.scatter_(1, column, found)[:, :width].contiguous()
+    position = torch.arange(M, dtype=torch.int32, device=device)
+    new = torch.ones(M, dtype=torch.bool, device=device)
+    new[1:] = sorted_ids[1:] != sorted_ids[:-1]
+    if kind == "blocks":
+        begin = torch.where(new, position, 0).cummax(0).values
+        new = (position - begin) % block == 0
+        size = min(M, cdiv(M, block) + L)
+    else:
+        size = min(M, L) + 1
+    new &= sorted_ids != NO_ADAPTER
+    index = (new.cumsum(0) - 1).masked_fill(~new, size)
+    starts = position.new_full((size + 1,), M)
+    return starts.scatter_(0, index, position)[:size].contiguous()
+
+
+@torch.library.custom_op(
+    "fastlora::route",
+    mutates_args=(),
+    schema="(Tensor adapter_ids, SymInt num_adapters) -> (Tensor, Tensor, Tensor)",
+)
+def route_op(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`sort_rows`."""
+    return sort_rows(adapter_ids, num_adapters)
+
+
+@route_op.register_fake
+def _(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
+    ids, order, sorted_ids = (
+        adapter_ids.new_empty(adapter_ids.shape, dtype=torch.int32) for _ in range(3)
+    )
+    return ids, order, sorted_ids
+
+
+def all_tables(ids: Tensor, sorted_ids: Tensor, num_adapters: int) -> list[Tensor]:
+    """Each of `TABLES`, flat: a dimension of unknown size beside another is one that a compiler guards on."""
+    return [build_table(*key, ids, sorted_ids, num_adapters).flatten() for key in TABLES]
+
+
+def unflattened(tables: Sequence[Tensor], num_adapters: int) -> dict[tuple[str, int], Tensor]:
+    """What `all_tables` gives, as a `Routing` keeps it."""
+    return {
+        (kind, block): table.view(-1, min(block, num_adapters)) if kind == "tiles" else table
+        for (kind, block), table in zip(TABLES, tables, strict=True)
+    }
+
+
+tables_op = torch.library.custom_op(
+    "fastlora::routing_tables",
+    all_tables,
+    mutates_args=(),
+    schema="(Tensor ids, Tensor sorted_ids, SymInt num_adapters) -> Tensor[]",
+)
+
+
+@tables_op.register_fake
+def _(ids: Tensor, sorted_ids: Tensor, num_adapters: int) -> list[Tensor]:
+    M, L = ids.shape[0], num_adapters
+    smaller: Any = torch.sym_min  # min would decide, and guard on it
+
+    def size(kind: str, block: int) -> Any:
+        if kind == "tiles":
+            return cdiv(M, block) * smaller(block, L)
+        if kind == "blocks":
+            return smaller(M, cdiv(M, block) + L)
+        return smaller(M, L) + 1
+
+    return [ids.new_empty((size(*key),)) for key in TABLES]
