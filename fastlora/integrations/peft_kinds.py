@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from peft.tuners.lora.layer import Embedding as PeftEmbedding
+from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from fastlora.integrations import peft_embedding, peft_layers
@@ -29,14 +31,14 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind(
-        peft_layers.PeftLinear,
+        PeftLinear,
         peft_layers.AcceleratedLinear,
         "lora_A",
         peft_layers.kind_problem,
         peft_layers.operands,
     ),
     Kind(
-        peft_embedding.PeftEmbedding,
+        PeftEmbedding,
         peft_embedding.AcceleratedEmbedding,
         "lora_embedding_A",
         peft_embedding.kind_problem,
