@@ -237,14 +237,34 @@ def decide_embedding_for(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Te
     Returns:
         Decision: the path and its reason.
     """
-    decision = decide_for(weight, weight, lora_A, lora_B)
-    if not decision.fused:  # of the table, which stands where a linear has x
-        return Decision("eager", re.sub(r"\bx\b", "weight", decision.reason))
+    problem = embedding_problem_for(ids, weight, lora_A, lora_B)
+    return Decision("eager", problem) if problem else decide_for(weight, weight, lora_A, lora_B)
+
+
+def embedding_problem_for(
+    ids: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor
+) -> str:
+    """Why the kernels cannot take these tensors of an embedding; empty when they can.
+
+    Args:
+        ids (Tensor | None): any shape; ``None`` asks about the tables alone.
+        weight (Tensor): ``[V, N]``.
+        lora_A (Tensor): ``[R, V]``.
+        lora_B (Tensor): ``[N, R]``.
+
+    Returns:
+        str: the reason for the eager path, or ``""`` for the fused one.
+    """
+    problem = problem_for(weight, weight, lora_A, lora_B)
+    if problem:  # of the table, which stands where a linear has x
+        return re.sub(r"\bx\b", "weight", problem)
+    if ids is None:
+        return ""
     if type(ids) is not Tensor:
-        return Decision("eager", "ids are of a subclass, which the kernels cannot look into")
+        return "ids are of a subclass, which the kernels cannot look into"
     if ids.numel() == 0:
-        return Decision("eager", "a dimension is empty: there are no ids")
-    return decision
+        return "a dimension is empty: there are no ids"
+    return ""
 
 
 @contextlib.contextmanager

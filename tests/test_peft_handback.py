@@ -86,6 +86,10 @@ class LinearSubclass(nn.Linear):
     pass
 
 
+class EmbeddingSubclass(nn.Embedding):
+    pass
+
+
 def adapter_module_of_a_subclass(model: nn.Module) -> None:
     cases.lin(model).lora_A["default"].__class__ = LinearSubclass
 
@@ -272,7 +276,7 @@ def test_left_alone_with_a_reason(device: str):
         {
             "plain": nn.Linear(8, 8),
             "sub": LinearSubclass(8, 8),
-            "emb": nn.Embedding(5, 8),
+            "emb": EmbeddingSubclass(5, 8),
             "conv": nn.Conv1d(8, 8, 1),
         }
     )
@@ -282,7 +286,7 @@ def test_left_alone_with_a_reason(device: str):
     assert report.accelerated == ("base_model.model.plain",)
     reasons = {name.rpartition(".")[2]: reason for name, reason in report.left}
     assert "LinearSubclass, not exactly torch.nn.Linear or Conv1D" in reasons["sub"]
-    assert "embeddings have no kernel" in reasons["emb"]
+    assert "EmbeddingSubclass, not exactly torch.nn.Embedding" in reasons["emb"]
     assert "Conv1d, not exactly peft.tuners.lora.layer.Linear" in reasons["conv"]
     assert "accelerated 1 of 4 LoRA layers" in str(report)
     types = {n: type(m) for n, m in model.base_model.model.items()}

@@ -78,12 +78,13 @@ class AccelerationReport:
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
-    """Run the LoRA linears of a PEFT model as fused passes; change nothing else about the model.
+    """Run the LoRA layers of a PEFT model as fused passes; change nothing else about the model.
 
-    Each eligible ``peft.tuners.lora.layer.Linear`` gets a subclass as its class. Parameters, state dict,
-    saved files and every method of PEFT stay what they are, and each call reads the layer's adapters,
-    scaling and flags anew. A call that is not exactly ``base(x) + scaling * B(A(dropout(x)))`` runs PEFT's
-    own forward: the report says which layers, and why. Calling it again does no harm: it takes in layers
+    Each eligible ``Linear`` and ``Embedding`` of ``peft.tuners.lora.layer`` gets a subclass as its class.
+    Parameters, state dict, saved files and every method of PEFT stay what they are, and each call reads
+    the layer's adapters, scaling and flags anew. A call that is not exactly ``base(x) + scaling *
+    B(A(dropout(x)))``, or that of an embedding ``base(ids) + scaling * B A[:, ids]``, runs PEFT's own
+    forward: the report says which layers, and why. Calling it again does no harm: it takes in layers
     that came since, and reports the present state. `restore` undoes it.
 
     Args:
@@ -106,16 +107,16 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         ('base_model.model.0',)
     """
     layers = _lora_layers(model)
-    ours, model_file = _our_files()
+    kinds, model_file = _our_files()
     modules = []
     for name, module in layers:
-        reason = ours.ineligible(module)
-        if reason is not None:
-            modules.append(AcceleratedModule(name, False, reason))
+        kind = kinds.kind_of(module)
+        if isinstance(kind, str):
+            modules.append(AcceleratedModule(name, False, kind))
             continue
-        if type(module) is ours.PeftLinear:
-            module.__class__ = ours.AcceleratedLinear
-        found = ours.operands(module)
+        if type(module) is kind.theirs:
+            module.__class__ = kind.ours
+        found = kind.operands(module)
         modules.append(AcceleratedModule(name, True, now=found if isinstance(found, str) else ""))
     for module in model.modules():
         if type(module) is model_file.PeftLoraModel:
@@ -147,11 +148,12 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         ('base_model.model.0',)
     """
     layers = _lora_layers(model)
-    ours, model_file = _our_files()
-    names = tuple(name for name, module in layers if type(module) is ours.AcceleratedLinear)
+    kinds, model_file = _our_files()
+    theirs = {kind.ours: kind.theirs for kind in kinds.KINDS}
+    names = tuple(name for name, module in layers if type(module) in theirs)
     for module in model.modules():
-        if type(module) is ours.AcceleratedLinear:
-            module.__class__ = ours.PeftLinear
+        if type(module) in theirs:
+            module.__class__ = theirs[type(module)]
         elif type(module) is model_file.AcceleratedLoraModel:
             module.__class__ = model_file.PeftLoraModel
     return names
@@ -177,13 +179,13 @@ def _lora_layers(model: object) -> list[tuple[str, nn.Module]]:
 
 
 def _our_files() -> tuple[ModuleType, ModuleType]:
-    """`peft_layers` and `peft_model`, which cannot be imported without PEFT."""
+    """`peft_kinds` and `peft_model`, which cannot be imported without PEFT."""
     try:
         import peft
     except ImportError as error:
         raise ImportError(f"this needs PEFT, pip install peft: {error}") from error
     if tuple(int(part) for part in peft.__version__.split(".")[:2]) < OLDEST_PEFT:
         raise ImportError(f"this needs PEFT 0.18 or newer, got {peft.__version__}")
-    from fastlora.integrations import peft_layers, peft_model
+    from fastlora.integrations import peft_kinds, peft_model
 
-    return peft_layers, peft_model
+    return peft_kinds, peft_model

@@ -6,11 +6,11 @@ flags at any time, so every call reads them anew, and what is not exactly known 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -22,7 +22,7 @@ from fastlora.functional import autocast_dtype, lora_linear
 from fastlora.integrations.peft_adapters import Adapter, add_bias, concatenate, routing_for, stack
 from fastlora.multi import lora_linear_multi
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
 class Operands(NamedTuple):
@@ -93,7 +93,7 @@ def operands(
     if not layer.cast_input_dtype_enabled:
         return "PEFT's cast of the input is switched off"
     base = layer._modules["base_layer"]
-    problem = _base_problem(base) or _caller_problem()
+    problem = _base_problem(base) or caller_problem()
     if problem is not None:
         return problem
     weight, bias = base._parameters["weight"], base._parameters["bias"]
@@ -156,40 +156,20 @@ def _combination_problem(adapters: dict[str, Adapter], mixed: bool) -> str | Non
     return None
 
 
-def ineligible(layer: Any) -> str | None:
-    """Why a LoRA layer cannot get our class at all, whatever its state; None if it can.
-
-    What may change while the model lives is no matter of this: `operands` decides it at each call.
-    """
-    if isinstance(layer, AcceleratedLinear):  # or what FSDP2 derives from it
-        return None
-    if type(layer) is PeftEmbedding:
-        return "embeddings have no kernel in fastlora yet"
-    if type(layer) is not PeftLinear:
-        return f"it is a {_name_of(type(layer))}, not exactly {_name_of(PeftLinear)}"
-    if "_hf_hook" in layer.__dict__ or "forward" in layer.__dict__:
-        return "its forward was replaced on the instance (accelerate's hooks do so)"
-    variants = layer.lora_variant
-    if variants and all(name in variants for name in layer.lora_A):
-        names = sorted({_variant_name(variant) for variant in variants.values()})
-        return f"each of its adapters is a variant of LoRA: {', '.join(names)}"
-    return _kind_problem(layer.base_layer)
-
-
-def _kind_problem(base: nn.Module) -> str | None:
+def kind_problem(base: nn.Module) -> str | None:
     """Why a base layer is not of a kind whose arithmetic we know; None if it is."""
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D:
-        return f"the base layer is {_name_of(kind)}, not exactly torch.nn.Linear or Conv1D"
+        return f"the base layer is {name_of(kind)}, not exactly torch.nn.Linear or Conv1D"
     weight = base._parameters.get("weight")
-    if weight is not None and type(weight) not in _PLAIN:
-        return f"the base weight is {_name_of(type(weight))}, a subclass of Tensor"
+    if weight is not None and type(weight) not in PLAIN:
+        return f"the base weight is {name_of(type(weight))}, a subclass of Tensor"
     return None
 
 
 def _base_problem(base: nn.Module) -> str | None:
     """Why the weight of a base layer cannot be read past the layer's forward now; None if it can."""
-    problem = _kind_problem(base)
+    problem = kind_problem(base)
     if problem is not None:
         return problem
     weight: Any = base._parameters.get("weight")
@@ -200,12 +180,12 @@ def _base_problem(base: nn.Module) -> str | None:
         return "the base weight is not whole here (partitioned by ZeRO-3 or FSDP)"
     if weight.requires_grad:
         return "the base weight is trained as well (requires_grad=True)"
-    if bias is not None and (type(bias) not in _PLAIN or bias.dtype != weight.dtype):
+    if bias is not None and (type(bias) not in PLAIN or bias.dtype != weight.dtype):
         return "the base bias is no plain parameter in the dtype of the base weight"
-    return _interception(base, "the base layer")
+    return interception(base, "the base layer")
 
 
-def _caller_problem() -> str | None:
+def caller_problem() -> str | None:
     """Why the fused op cannot stand for several modules and ops here; None if it can."""
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "hooks on all modules are registered, and inner modules would miss them"
@@ -224,7 +204,7 @@ def _read_adapter(layer: PeftLinear, name: str) -> Adapter | str | None:
         return None
     variant = layer.lora_variant.get(name)
     if variant is not None:
-        return f"adapter {name!r} is a variant of LoRA, {_variant_name(variant)}"
+        return f"adapter {name!r} is a variant of LoRA, {variant_name(variant)}"
     lora_b = modules["lora_B"]._modules[name]
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"lora_A or lora_B of {name!r} is not exactly torch.nn.Linear"
@@ -236,12 +216,12 @@ def _read_adapter(layer: PeftLinear, name: str) -> Adapter | str | None:
     elif type(dropout) is nn.Identity:
         p = 0.0
     else:
-        return f"lora_dropout of {name!r} is a {_name_of(type(dropout))}"
+        return f"lora_dropout of {name!r} is a {name_of(type(dropout))}"
 
     a: Any = lora_a._parameters.get("weight")
     b: Any = lora_b._parameters.get("weight")
     bias: Any = lora_b._parameters.get("bias")
-    if type(a) not in _PLAIN or type(b) not in _PLAIN:
+    if type(a) not in PLAIN or type(b) not in PLAIN:
         return f"the weights of {name!r} are no plain parameters"
     if a.dim() != 2 or b.dim() != 2 or hasattr(a, "ds_id"):
         return f"the weights of {name!r} are not whole here (partitioned by ZeRO-3 or FSDP)"
@@ -249,23 +229,29 @@ def _read_adapter(layer: PeftLinear, name: str) -> Adapter | str | None:
         return f"lora_A of {name!r} is {a.dtype} and lora_B {b.dtype}"
     if lora_a._parameters.get("bias") is not None:
         return f"lora_A of {name!r} has a bias"
-    if bias is not None and (type(bias) not in _PLAIN or bias.dtype != b.dtype):
+    if bias is not None and (type(bias) not in PLAIN or bias.dtype != b.dtype):
         return f"the bias of lora_B of {name!r} is no plain parameter in the dtype of its weight"
     scaling = layer.scaling[name]
-    if isinstance(scaling, Tensor):
-        if scaling.dim() != 0 or scaling.requires_grad or not scaling.is_floating_point():
-            return f"the scaling of {name!r} is a tensor that is not a constant number"
-    elif not isinstance(scaling, (int, float)):
-        return f"the scaling of {name!r} is a {_name_of(type(scaling))}"
     problem = (
-        _interception(lora_a, "lora_A")
-        or _interception(lora_b, "lora_B")
-        or _interception(dropout, "lora_dropout")
+        scaling_problem(scaling, name)
+        or interception(lora_a, "lora_A")
+        or interception(lora_b, "lora_B")
+        or interception(dropout, "lora_dropout")
     )
     return problem or Adapter(a, b, bias, scaling, p)
 
 
-def _interception(module: nn.Module, what: str) -> str | None:
+def scaling_problem(scaling: object, name: str) -> str | None:
+    """Why this is no constant number, as the scaling of an adapter; None if it is."""
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0 or scaling.requires_grad or not scaling.is_floating_point():
+            return f"the scaling of {name!r} is a tensor that is not a constant number"
+    elif not isinstance(scaling, (int, float)):
+        return f"the scaling of {name!r} is a {name_of(type(scaling))}"
+    return None
+
+
+def interception(module: nn.Module, what: str) -> str | None:
     """What a call of this inner module would run beside its own forward; None if nothing."""
     attributes = module.__dict__
     if "_hf_hook" in attributes:
@@ -282,9 +268,11 @@ def _interception(module: nn.Module, what: str) -> str | None:
     return None
 
 
-def _variant_name(variant: object) -> str:
-    return type(variant).__name__.replace("LinearVariant", "")
+def variant_name(variant: object) -> str:
+    """``DoraLinearVariant`` and ``DoraEmbeddingVariant`` are both called Dora."""
+    return re.sub("(Linear|Embedding)Variant$", "", type(variant).__name__)
 
 
-def _name_of(kind: type) -> str:
+def name_of(kind: type) -> str:
+    """The class with its module."""
     return f"{kind.__module__}.{kind.__qualname__}"
