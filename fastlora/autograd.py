@@ -125,6 +125,14 @@ def waited_for(dy: Tensor) -> Tensor:
     return dy if type(dy) is Tensor else dy.clone()
 
 
+def refuse_graph_of_backward() -> None:
+    """Raise under create_graph=True, where the gradients of the kernels would be constants in the graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"fastlora's kernels have no double backward (create_graph=True){_EAGERLY}"
+        )
+
+
 def no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     """Stand where the derivative of `fused_backward` would."""
     raise RuntimeError(f"fastlora's kernels have no double backward{_EAGERLY}")

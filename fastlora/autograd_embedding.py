@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.autograd import waited_for
+from fastlora.autograd import refuse_graph_of_backward, waited_for
 from fastlora.kernels.lora_embedding import lora_embedding
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.reference import sparse_columns
@@ -55,11 +55,7 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
-        if torch.is_grad_enabled():  # create_graph=True: these gradients would be constants in it
-            raise RuntimeError(
-                "fastlora's kernels have no double backward (create_graph=True); run this part "
-                "eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
-            )
+        refuse_graph_of_backward()
         ids, lora_B, s, scaling = ctx.saved_tensors
         spec: EmbeddingSpec = ctx.spec
         _, need_w, need_a, need_b = ctx.needs_input_grad[:4]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.autograd import waited_for
+from fastlora.autograd import refuse_graph_of_backward, waited_for
 from fastlora.kernels.lora_forward_sliced import Slices, lora_forward_sliced
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_b import lora_grad_b
@@ -62,11 +62,7 @@ class LoRAMergedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
-        if torch.is_grad_enabled():  # create_graph=True: these gradients would be constants in it
-            raise RuntimeError(
-                "fastlora's kernels have no double backward (create_graph=True); run this part "
-                "eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
-            )
+        refuse_graph_of_backward()
         x, weight, lora_A, lora_B, s, mask, scaling = ctx.saved_tensors
         spec: MergedSpec = ctx.spec
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]

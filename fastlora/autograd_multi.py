@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters import Routing
-from fastlora.autograd import waited_for
+from fastlora.autograd import refuse_graph_of_backward, waited_for
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import (
     MULTI_BLOCK_M,
@@ -158,11 +158,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
-        if torch.is_grad_enabled():  # create_graph=True: these gradients would be constants in it
-            raise RuntimeError(
-                "fastlora's kernels have no double backward (create_graph=True); run this part "
-                "eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
-            )
+        refuse_graph_of_backward()
         routing: Routing = ctx.routing
         if routing.version != ctx.routing_version:
             raise RuntimeError(

@@ -64,6 +64,12 @@ def _compile_and_run(
         ) from error
 
 
+def _profiled() -> bool:
+    """Whether a profiler wants to see launches: its hook is a function in Triton 3.4, then a chain."""
+    hook = knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
 def _specialised(size: int) -> tuple[bool, bool, bool, bool]:
     """What Triton compiles an integer for: being 1, a multiple of 16, and its width."""
     return size == 1, size % 16 == 0, -(2**31) <= size < 2**31, size < 2**63
@@ -124,10 +130,7 @@ class Launch:
                 key.append(a.data_ptr() & 15 == 0)
         signature = tuple(key)
         found = self._found.get(signature)
-        hook = (
-            knobs.runtime.launch_enter_hook
-        )  # a profiler's; a function in Triton 3.4, then a chain
-        if found is None or (hook is not None and getattr(hook, "calls", True)):
+        if found is None or _profiled():
             self._launch_anew(signature, args)
             return
         run, function, metadata = found
@@ -141,13 +144,11 @@ class Launch:
         """Launch through Triton, which compiles, unless another shape has compiled the same already."""
         names = getattr(self._kernel, "arg_names", None)
         sizes = tuple(map(_specialised, self._sizes))
-        # id(), since a JITFunction computes its hash at every call; those kept in the table never die.
+        # id(), since a JITFunction computes its hash at every call; being global, it never dies.
         everything = (
             id(self._kernel), self._device.index, signature, sizes, *self._options.items()
         )  # fmt: skip
-        hook = knobs.runtime.launch_enter_hook
-        profiled = hook is not None and getattr(hook, "calls", True)
-        if everything in _compiled and not profiled:
+        if everything in _compiled and not _profiled():
             self._remember(signature, _compiled[everything], names, len(args))
             self(*args)
             return

@@ -158,4 +158,4 @@ def lora_multi_shrink(
         x, lora_A, s, mask, order, sorted_ids, starts, scaling, ranks, seed,
         dropout_threshold(dropout_p), keep_scale(dropout_p) * factor,
     )  # fmt: skip
-    return s.view(parts, M, -1) if s.is_contiguous() else s.unflatten(0, (parts, M)), mask
+    return s.view(parts, M, R), mask
