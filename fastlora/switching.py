@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.adapter_config import alpha_of, check_config, pattern_value
 from fastlora.adapter_io import (
     PARTS,
     PREFIX,
     WEIGHTS_NAME,
-    alpha_of,
-    check_config,
     check_keys,
     check_tensor,
     named_lora_layers,
-    pattern_value,
     peft_keys,
     read_adapter,
 )
