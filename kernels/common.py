@@ -194,7 +194,7 @@ def has_pdl(device: torch.device) -> bool:
     Only the persistent GEMMs are. Small kernels that come early crowd onto the SMs that happen to be
     free, which costs more than it saves (8192 x 4096, p = 0.1: 42 us more for the forward pair).
     """
-    return device.type == "cuda" and has_tma(device_properties(device)[0])
+    return device.type != "cpu" and has_tma(device_properties(device)[0])
 
 
 def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
