@@ -78,9 +78,9 @@ def fused_backward(
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     factor = _factor(scaling, scaling_tensor, dy.device)
     if need_x and need_a and need_b:  # dA and dB are made beside dx
-        ds, _ = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))
-        da, db = lora_grad_ab(x, ds, mask, dy, s, lora_A.dtype, lora_B.dtype)
-        return lora_grad_x(dy, weight, ds, lora_A, mask, beside=True), da, db
+        made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
+        grads = lora_grad_ab(x, made, mask, dy, s, lora_A.dtype, lora_B.dtype)
+        return lora_grad_x(dy, weight, made, lora_A, mask, beside=True), *grads
     ds, db = lora_grad_b(dy, s, lora_B, factor, dropout_p, need_ds=need_x or need_a, need_db=need_b)
     dx = lora_grad_x(dy, weight, ds, lora_A, mask) if need_x and ds is not None else None
     da = lora_grad_a(x, ds, mask, lora_A.dtype) if need_a and ds is not None else None

@@ -227,7 +227,8 @@ def direct_launch(
     Returns:
         DirectLaunch | None: to be called with a stream and the leading arguments.
     """
-    metadata, source = getattr(made, "metadata", None), getattr(made, "src", None)
+    metadata: Any = getattr(made, "metadata", None)
+    source: Any = getattr(made, "src", None)
     if metadata is None or not hasattr(source, "signature") or _driver() is None:
         return None
     if (

@@ -132,6 +132,8 @@ class Launch:
         key: list[Any] = []
         values: list[Any] = []
         addresses = 0
+        value: Any
+        kind: Any
         for a in args:
             if a is None:
                 value = kind = None
@@ -179,11 +181,11 @@ class Launch:
             self._remember(signature, made, names, len(args))
 
     def _remember(self, signature: tuple[Any, ...], made: Any, names: Any, given: int) -> None:
-        direct = direct_launch(made, self._grid, self._sizes, given)
-        if direct is None:
+        launch: Callable[..., None] | None = direct_launch(made, self._grid, self._sizes, given)
+        if launch is None:
             constants = tuple(self._options[name] for name in names[given + len(self._sizes) :])
-            direct = functools.partial(self._through_triton, made, constants)
-        self._found[signature] = direct
+            launch = functools.partial(self._through_triton, made, constants)
+        self._found[signature] = launch
 
     def _through_triton(
         self,

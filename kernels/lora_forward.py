@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -122,7 +124,7 @@ def _plan(
     """Whether by TMA, and the launch."""
     (M, K), (N, R), itemsize = shape, b_shape, dtype.itemsize
     major, num_sms = device_properties(device)
-    options = {"HAS_BIAS": has_bias, "PRECISION": precision}
+    options: dict[str, Any] = {"HAS_BIAS": has_bias, "PRECISION": precision}
     dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma(w_shape, w_stride, itemsize)
     if has_tma(major) and precision == "tf32" and is_aligned and dense and N * itemsize % 16 == 0:
         pdl = has_pdl(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -155,7 +156,7 @@ def _plan(
     """Whether by TMA, the table of slices, and the launch."""
     (M, K), N, (b_rows, R), itemsize = shape, w_shape[0], b_shape, dtype.itemsize
     major, num_sms = device_properties(device)
-    options = {"HAS_BIAS": has_bias, "PRECISION": precision}
+    options: dict[str, Any] = {"HAS_BIAS": has_bias, "PRECISION": precision}
     dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma(w_shape, w_stride, itemsize)
     if has_tma(major) and precision == "tf32" and is_aligned and dense and N * itemsize % 16 == 0:
         c = gemm_tma_config(M, N, itemsize, num_sms)

@@ -184,7 +184,10 @@ def _plan(
         "num_warps": c.num_warps, "num_stages": c.num_stages, "PRECISION": precision,
     }  # fmt: skip
     tiles = cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)
-    ranks = {"R_STEPS": cdiv(R, rank_step(R, itemsize)), "BLOCK_R": rank_step(R, itemsize)}
+    ranks: dict[str, Any] = {
+        "R_STEPS": cdiv(R, rank_step(R, itemsize)),
+        "BLOCK_R": rank_step(R, itemsize),
+    }
     sizes, a_strides = (M, N, K, R), strides(a_shape, a_stride)
     if not by_tma:
         return False, Launch(

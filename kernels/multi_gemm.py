@@ -6,6 +6,8 @@ the others load as zeros. A tile whose rows share an adapter thus costs what it 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -234,7 +236,7 @@ def _plan(
     num_sms = device_properties(device)[1]
     tiles, pdl = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N), kind != "pointer" and has_pdl(device)
     block_r = min(rank_step(R, dtype.itemsize), 32)  # adapters of lower rank pad less
-    options = {
+    options: dict[str, Any] = {
         "HAS_BIAS": has_bias, "HAS_DROPOUT": has_dropout, "PRECISION": precision,
         "PDL": pdl, "launch_pdl": pdl, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
         "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M, "BLOCK_R": block_r,

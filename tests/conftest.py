@@ -98,10 +98,13 @@ def run_python() -> Callable[..., str]:
 
 @pytest.fixture(autouse=True)
 def fresh_plans() -> None:
-    """No plan of another test, which may have replaced what it was made from."""
+    """No plan or decision of another test, which may have replaced what it was made from."""
     launch = sys.modules.get("fastlora.kernels.launch")
     if launch is not None:
         launch.clear_plans()
+    functional = sys.modules.get("fastlora.functional")
+    if functional is not None:
+        functional._known_fused.clear()
 
 
 @pytest.fixture(autouse=True)
