@@ -61,8 +61,11 @@ def lora_linear(
         torch.Size([2, 5, 32])
     """
     compiling = torch.compiler.is_compiling()
-    signature = None if compiling else _signature(x, weight, lora_A, lora_B, bias)
-    known = signature in _known_fused
+    if compiling:  # it would guard on the whole set
+        signature, known = None, False
+    else:
+        signature = _signature(x, weight, lora_A, lora_B, bias)
+        known = signature in _known_fused
     if known:
         check_scaling(scaling, x.device)
         dropout_p = check_dropout(dropout_p)

@@ -67,7 +67,8 @@ def dropout_keep_mask(
         Tensor: bool ``[M, K]``, True where the element is kept.
     """
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
-    groups = torch.arange((K + 7) // 8, device=device).expand(M, -1)
+    # The seed's zero keeps a compiler from folding a constant times an index into 32-bit index arithmetic.
+    groups = (torch.arange((K + 7) // 8, device=device) + (seed & 0)).expand(M, -1)
     rows = torch.arange(M, device=device)[:, None].expand_as(groups)
     words = torch.stack(_philox_4x32(seed, groups, rows), dim=-1)  # [M, K/8, 4]
     draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [M, K/8, 4, 2]
