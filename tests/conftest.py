@@ -38,9 +38,10 @@ hypothesis.settings.load_profile("fastlora")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One core a worker, and for the processes that it starts: torch's threads, which spin while they wait,
-    # would only contend. With a GPU too: 14 workers of 16 threads made tests on the CPU 200 times slower.
+    # would only contend. With a GPU too: 14 workers of 16 threads made a test on the CPU 200 times slower.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

