@@ -319,3 +319,59 @@ def test_what_is_not_as_expected_goes_through_triton(monkeypatch, metadata, layo
 def test_without_a_driver_nothing_is_direct(monkeypatch):
     monkeypatch.setattr(direct, "_driver", lambda: None)
     assert direct.direct_launch(compiled(), (1, 1, 1), (300, 2**33, 1), 6) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_on_a_gpu_every_launch_is_direct_and_equals_tritons(monkeypatch, p):
+    import fastlora
+
+    torch.manual_seed(0)
+    new = {"device": "cuda", "dtype": torch.bfloat16}
+    x, weight = torch.randn(300, 256, **new), torch.randn(512, 256, **new)
+    lora_A, lora_B = torch.randn(3, 16, 256, **new), torch.randn(3, 512, 16, **new)
+    ids, seed = torch.arange(300, device="cuda") % 3, torch.tensor(7, device="cuda")
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (x, lora_A, lora_B)]
+        one = fastlora.lora_linear(
+            leaves[0], weight, leaves[1][0], leaves[2][0], scaling=0.5, dropout_p=p, seed=seed
+        )
+        torch.manual_seed(1)
+        many = fastlora.lora_linear_multi(
+            leaves[0], weight, (leaves[1], leaves[2]), ids, scaling=0.5, dropout_p=p
+        )
+        return one, many, *torch.autograd.grad((one.float() * many).sum(), leaves)
+
+    made, original = [], launching.direct_launch
+
+    def note(*args):
+        made.append(original(*args))
+        return made[-1]
+
+    monkeypatch.setattr(launching, "direct_launch", note)
+    run()
+    direct_results = run()
+    assert made
+    assert None not in made
+    monkeypatch.setattr(launching, "direct_launch", lambda *_: None)
+    launching.clear_plans()
+    run()
+    for got, expected in zip(direct_results, run(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+def test_threads_that_never_used_the_gpu_launch_at_once():
+    import concurrent.futures
+
+    import fastlora
+
+    x, weight, lora_A, lora_B = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        for shape in ((256, 128), (192, 128), (8, 128), (192, 8))
+    )
+    expected = fastlora.lora_linear(x, weight, lora_A, lora_B)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(fastlora.lora_linear, x, weight, lora_A, lora_B) for _ in range(400)]
+        assert all(torch.equal(job.result(), expected) for job in jobs)
