@@ -138,7 +138,7 @@ def no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(f"fastlora's kernels have no double backward{_EAGERLY}")
 
 
-class _KernelFunction(torch.autograd.Function):
+class KernelFunction(torch.autograd.Function):
     """A Function that `torch.func` can transform, without what that costs everybody else."""
 
     @classmethod
@@ -161,7 +161,7 @@ class _KernelFunction(torch.autograd.Function):
         raise RuntimeError(f"fastlora's kernels have no vmap rule{_EAGERLY}")
 
 
-class LoRALinearFunction(_KernelFunction):
+class LoRALinearFunction(KernelFunction):
     """``y = x W0^T + bias + scaling * dropout(x) A^T B^T`` on 2-D tensors, with s and the mask beside it."""
 
     forward = staticmethod(fused_forward)
@@ -182,7 +182,7 @@ def _plain_backward(*args: Any) -> tuple[Tensor | None, ...]:
     return fused_backward(*unwrap_dead_wrappers(args))  # the function that torch.func.vjp gives
 
 
-class _LoRALinearBackward(_KernelFunction):
+class _LoRALinearBackward(KernelFunction):
     """`fused_backward` where a graph of the backward is recorded: an error if it is differentiated."""
 
     forward = staticmethod(fused_backward)

@@ -63,14 +63,9 @@ def lora_linear(
     dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
     dropout_p = dropout_p if training else 0.0
     x, weight, bias = autocast_linear(x, weight, bias)
-    if dropout_p == 0:
-        seed = None
-    elif seed is None:
-        seed = reference.draw_seed(x.device)
-    else:
-        _validate_seed(seed, x.device)
+    seed = mask_seed(seed, dropout_p, x.device)
     if problem_for(x, weight, lora_A, lora_B):
-        _reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
+        reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
         return reference.lora_linear(
             x, weight, lora_A, lora_B,
             bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
@@ -255,7 +250,12 @@ def is_dtensor(t: Tensor) -> bool:
     return isinstance(t, DTensor)
 
 
-def _validate_seed(seed: Tensor, device: torch.device) -> None:
+def mask_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed of a call's mask: the one given, or a drawn one; ``None`` where nothing is dropped."""
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return reference.draw_seed(device)
     if not isinstance(seed, Tensor):
         raise TypeError(f"seed must be a Tensor, got {type(seed).__name__}")
     if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
@@ -263,9 +263,10 @@ def _validate_seed(seed: Tensor, device: torch.device) -> None:
             f"seed must be a 0-dim int64 tensor on {device}, got {seed.dtype} of shape "
             f"{tuple(seed.shape)} on {seed.device}"
         )
+    return seed
 
 
-def _reject_mixed_dtensors(
+def reject_mixed_dtensors(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
