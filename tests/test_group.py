@@ -241,7 +241,7 @@ def test_shrink_with_a_factor_for_each_rank(device, dtype, p):
     assert (wide[:, :3] == 7).all()
     assert (wide[:, 16:] == 7).all()
     for r, factor in enumerate(factors):
-        expected, same = lora_shrink(x, a, float(factor), p, seed, factor=0.5)
+        expected, same = lora_shrink(x, a, factor, p, seed, factor=0.5)
         assert torch.equal(s[:, r], expected[:, r])
         assert mask is same is None or torch.equal(mask, same)
 
