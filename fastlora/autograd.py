@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from fastlora.kernels.config import dropout_threshold
+from fastlora.kernels.config import dropout_threshold, keep_scale
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
+from fastlora.kernels.lora_grad_ab import lora_grad_ab
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.kernels.lora_grad_x import lora_grad_x
 from fastlora.kernels.lora_shrink import lora_shrink
@@ -47,7 +48,8 @@ def fused_forward(
     ``scaling_tensor``, 0-dim, takes the place of ``scaling`` where there is one.
     """
     factor = _factor(scaling, scaling_tensor, x.device)
-    s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed)
+    N = weight.shape[0]
+    s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed, product_columns=N)
     return lora_forward(x, weight, s, lora_B, bias), s, mask
 
 
@@ -75,6 +77,10 @@ def fused_backward(
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     factor = _factor(scaling, scaling_tensor, dy.device)
+    if need_x and need_a and need_b:  # dA and dB are made beside dx
+        made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
+        grads = lora_grad_ab(x, made, mask, dy, s, lora_A.dtype, lora_B.dtype)
+        return lora_grad_x(dy, weight, made, lora_A, mask, beside=True), *grads
     ds, db = lora_grad_b(dy, s, lora_B, factor, dropout_p, need_ds=need_x or need_a, need_db=need_b)
     dx = lora_grad_x(dy, weight, ds, lora_A, mask) if need_x and ds is not None else None
     da = lora_grad_a(x, ds, mask, lora_A.dtype) if need_a and ds is not None else None

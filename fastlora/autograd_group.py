@@ -19,6 +19,7 @@ from fastlora.kernels.common import empty_rows
 from fastlora.kernels.config import dropout_threshold, keep_scale
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
+from fastlora.kernels.lora_grad_ab import lora_grad_ab
 from fastlora.kernels.lora_grad_x import lora_grad_x
 from fastlora.kernels.lora_shrink import lora_shrink
 
@@ -62,7 +63,8 @@ def fused_forward(
     lora_As, lora_Bs, biases = tensors[n : 2 * n], tensors[2 * n : 3 * n], iter(tensors[3 * n :])
     ranks = [b.shape[1] for b in lora_Bs]
     factor = _of_ranks(scaling, ranks, x.device)
-    s, mask = lora_shrink(x, torch.cat(lora_As), factor, dropout_p, seed)
+    first = tensors[0].shape[0]
+    s, mask = lora_shrink(x, torch.cat(lora_As), factor, dropout_p, seed, product_columns=first)
     parts = torch.split(s, ranks, 1)
     ys = [
         lora_forward(x, tensors[i], parts[i], lora_Bs[i], next(biases) if has_bias[i] else None)
@@ -72,9 +74,9 @@ def fused_forward(
 
 
 def fused_backward(
-    x: Tensor | None,
+    x: Tensor,
     mask: Tensor | None,
-    s: Tensor | None,
+    s: Tensor,
     scaling: Sequence[float] | Tensor,
     dropout_p: float,
     starts: Sequence[int],
@@ -86,10 +88,11 @@ def fused_backward(
     """Take n dy ``[M, N_i]``, weights, lora_A and lora_B, flat, and what `setup_context` saved.
 
     ``starts`` are the columns of s where those projections begin. Give dx, dA of all that `stacked` names,
-    one below the other, and each dB; ``None`` where not needed.
+    one below the other, and each dB; ``None`` where not needed. x may be ``None`` where no dA is needed,
+    and s where no dB is.
 
-    dx is rounded to its dtype after each projection but the first, whose product is added to all ranks'
-    before it rounds: n roundings, where n separate linears have 2 n - 1.
+    dx is the widest projection's product with the ranks of all in its accumulator, to which the other
+    products are added one by one, each time rounded: n roundings, where n separate linears have 2 n - 1.
     """
     n = len(starts)
     weights, lora_As, lora_Bs = (tensors[k * n : (k + 1) * n] for k in (1, 2, 3))
@@ -97,24 +100,36 @@ def fused_backward(
     dys = [dy if dy.stride(1) == 1 else dy.contiguous() for dy in tensors[:n]]
     ranks = [b.shape[1] for b in lora_Bs]
     dx = da = None
+    dbs: list[Tensor | None] = [None] * n
     members = stacked(need_x, need_as)
+    widest = max(range(n), key=lambda i: dys[i].shape[1])
     if members:
         ds = empty_rows(
             dys[0].shape[0], sum(ranks[i] for i in members), dys[0].dtype, dys[0].device
         )
         for i, part in zip(members, torch.split(ds, [ranks[i] for i in members], 1), strict=True):
             lora_shrink(dys[i], lora_Bs[i].t(), scaling[i], factor=keep_scale(dropout_p), out=part)
+        a_dtype = functools.reduce(torch.promote_types, (lora_As[i].dtype for i in members))
+    beside = False
     if need_x:
-        dx = lora_grad_x(dys[0], weights[0], ds, torch.cat(lora_As), mask)
-        for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            dx.addmm_(dy, weight)
-    if any(need_as):
-        dtypes = [lora_As[i].dtype for i in members]
-        da = lora_grad_a(x, ds, mask, functools.reduce(torch.promote_types, dtypes))  # type: ignore[arg-type]
-    dbs = [
-        lora_grad_a(dy, s[:, start : start + r], None, b.dtype).t() if need_b else None  # type: ignore[index]
-        for dy, b, r, start, need_b in zip(dys, lora_Bs, ranks, starts, need_bs, strict=True)
-    ]
+        # Cast and stacked before the launch that dx runs beside, for it does not wait for what comes after.
+        lora_A = torch.cat(lora_As).to(dys[0].dtype)
+        beside = any(need_as) and need_bs[widest] and s is not None and s.shape[1] == ds.shape[1]
+        if beside:  # one rank for both products: dB is a few columns of dy^T times all of s
+            b_dtype = lora_Bs[widest].dtype
+            da, wide = lora_grad_ab(x, ds, mask, dys[widest], s, a_dtype, b_dtype)
+        dx = lora_grad_x(dys[widest], weights[widest], ds, lora_A, mask, beside=beside)
+        for i in range(n):
+            if i != widest:
+                dx.addmm_(dys[i], weights[i])
+    if any(need_as) and not beside:
+        da = lora_grad_a(x, ds, mask, a_dtype)
+    for i in range(n):
+        columns = slice(starts[i], starts[i] + ranks[i])
+        if beside and i == widest:
+            dbs[i] = wide[:, columns].contiguous()
+        elif need_bs[i]:
+            dbs[i] = lora_grad_a(dys[i], s[:, columns], None, lora_Bs[i].dtype).t()
     return (dx, da, *dbs)
 
 

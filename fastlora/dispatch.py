@@ -267,6 +267,11 @@ def embedding_problem_for(
     return ""
 
 
+def is_forced() -> bool:
+    """Whether a block of `force` is active in this thread."""
+    return _forced.path is not None
+
+
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
     """Run every call of this thread inside the block on ``path``: only ``"eager"`` can be forced.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.dispatch import HAS_TRITON, Decision, decide_for, problem_for
+from fastlora.dispatch import HAS_TRITON, Decision, decide_for, is_forced, problem_for
 
 if HAS_TRITON:
     from fastlora import ops
@@ -60,24 +60,33 @@ def lora_linear(
         >>> fastlora.lora_linear(x, weight, lora_A, lora_B, scaling=2.0, dropout_p=0.1).shape
         torch.Size([2, 5, 32])
     """
-    dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    compiling = torch.compiler.is_compiling()
+    signature = None if compiling else signature_of(x, weight, lora_A, lora_B, bias)
+    known = is_known_fused(signature)
+    if known:
+        check_scaling(scaling, x.device)
+        dropout_p = check_dropout(dropout_p)
+    else:
+        dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        x, weight, bias = autocast_linear(x, weight, bias)
     dropout_p = dropout_p if training else 0.0
-    x, weight, bias = autocast_linear(x, weight, bias)
     seed = mask_seed(seed, dropout_p, x.device)
-    if problem_for(x, weight, lora_A, lora_B):
+    if not known and problem_for(x, weight, lora_A, lora_B):
         reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
         return reference.lora_linear(
             x, weight, lora_A, lora_B,
             bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
-    compiling = torch.compiler.is_compiling()
+    if not known:
+        remember_fused(signature)
     if compiling and not isinstance(scaling, Tensor):
         # As a number it would be a constant of the op, and every new value a recompilation.
         scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     run = ops.lora_linear if compiling else LoRALinearFunction.apply
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, _, _ = run(
-        x.reshape(-1, x.shape[-1]),
+        rows,
         weight,
         None if bias is None else bias.contiguous(),
         lora_A,
@@ -87,7 +96,47 @@ def lora_linear(
         1.0 if isinstance(scaling, Tensor) else float(scaling),
         dropout_p,
     )
-    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    shaped: Tensor = y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+    return shaped
+
+
+_known_fused: set[tuple[object, ...] | None] = set()
+"""Signatures of calls that passed every check and run the kernels: checking takes as long as a launch."""
+_MAX_KNOWN = 4096
+
+
+def is_known_fused(signature: tuple[object, ...] | None) -> bool:
+    """Whether a call of this signature has passed every check and runs the kernels."""
+    return signature in _known_fused
+
+
+def remember_fused(signature: tuple[object, ...] | None) -> None:
+    """Let `is_known_fused` know the signature of a call that did; ``None`` is nothing to remember."""
+    if signature is not None:
+        if len(_known_fused) >= _MAX_KNOWN:
+            _known_fused.clear()
+        _known_fused.add(signature)
+
+
+def signature_of(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> tuple[object, ...] | None:
+    """All that the checks and the choice of a path look at; ``None`` where there is more to it."""
+    try:
+        if is_forced() or torch.is_autocast_enabled(x.device.type):
+            return None
+        return (
+            type(x), x.shape, x.dtype, x.device,
+            type(weight), weight.shape, weight.dtype, weight.device,
+            type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device,
+            type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device,
+            None if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
+        )  # fmt: skip
+    except (
+        AttributeError,
+        RuntimeError,
+    ):  # no tensor, or of a device without autocast: the checks say so
+        return None
 
 
 def explain(

@@ -15,9 +15,12 @@ from fastlora.functional import (
     check_dropout,
     check_scaling,
     check_tensors,
+    is_known_fused,
     lora_linear,
     mask_seed,
     reject_mixed_dtensors,
+    remember_fused,
+    signature_of,
 )
 from fastlora.kernels.config import MAX_RANK
 
@@ -81,19 +84,30 @@ def lora_linear_group(
         >>> q.shape, k.shape, v.shape
         (torch.Size([2, 5, 64]), torch.Size([2, 5, 16]), torch.Size([2, 5, 16]))
     """
-    biases, scaling = _validate(x, weights, lora_As, lora_Bs, biases, scaling)
+    compiling = torch.compiler.is_compiling()
+    signatures = None if compiling else _signatures(x, weights, lora_As, lora_Bs, biases)
+    known = signatures is not None and all(map(is_known_fused, signatures))
+    if known:
+        biases = [None] * len(weights) if biases is None else biases
+        scaling = _each_scaling(scaling, len(weights))
+        for factor in scaling:
+            check_scaling(factor, x.device)
+    else:
+        biases, scaling = _validate(x, weights, lora_As, lora_Bs, biases, scaling)
+        x, weights, biases = _autocast(x, weights, biases)
     dropout_p = check_dropout(dropout_p)
     dropout_p = dropout_p if training else 0.0
-    x, weights, biases = _autocast(x, weights, biases)
     seed = mask_seed(seed, dropout_p, x.device)
     members = list(zip(weights, lora_As, lora_Bs, biases, scaling, strict=True))
-    if _problem(x, weights, lora_As, lora_Bs):
+    if not known and _problem(x, weights, lora_As, lora_Bs):
         for weight, lora_A, lora_B, bias, _ in members:
             reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
         return reference.lora_linear_group(
             x, weights, lora_As, lora_Bs,
             biases=biases, scaling=scaling, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
+    for signature in () if known else signatures or ():
+        remember_fused(signature)
     if _separate(lora_As):
         return tuple(
             lora_linear(x, w, a, b, bias=bias, scaling=factor, dropout_p=dropout_p, seed=seed)
@@ -102,7 +116,7 @@ def lora_linear_group(
     has_bias = [bias is not None for bias in biases]
     tensors = [*weights, *lora_As, *lora_Bs, *(b.contiguous() for b in biases if b is not None)]
     rows = x.reshape(-1, x.shape[-1])
-    if torch.compiler.is_compiling():  # numbers would be constants of the graph
+    if compiling:  # numbers would be constants of the graph
         factors = torch.stack([_on_device(factor, x.device) for factor in scaling])
         made = ops_group.lora_linear_group(rows, seed, factors, dropout_p, has_bias, tensors)
     else:
@@ -166,6 +180,35 @@ def _problem(
         if problem:
             return f"projection {i}: {problem}"
     return ""
+
+
+def _signatures(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+) -> list[tuple[object, ...] | None] | None:
+    """What the checks look at, of each projection's `lora_linear`; ``None`` where there is more to it."""
+    try:
+        n = len(weights)
+        given = (weights, lora_As, lora_Bs, [None] * n if biases is None else biases)
+        if n == 0 or any(type(each) not in (list, tuple) or len(each) != n for each in given):
+            return None
+        return [signature_of(x, *members) for members in zip(*given, strict=True)]
+    except TypeError:  # no sequence: the checks say so
+        return None
+
+
+def _each_scaling(
+    scaling: float | Tensor | Sequence[float | Tensor], n: int
+) -> list[float | Tensor]:
+    """A factor for each projection; an error unless it is one for all or one for each."""
+    if not isinstance(scaling, (list, tuple)):
+        return [scaling] * n  # type: ignore[list-item]
+    if len(scaling) != n:
+        raise ValueError(f"scaling must have one entry for each of {n} weights, got {len(scaling)}")
+    return list(scaling)
 
 
 def _sum_of_ranks(lora_As: Sequence[Tensor]) -> str:
@@ -235,15 +278,13 @@ def _validate(
     n = len(weights)
     if n == 0:
         raise ValueError("weights must hold at least one tensor, got none")
-    if isinstance(scaling, (list, tuple)):
-        named["scaling"] = scaling
     for name, given in named.items():
         if given is not None and len(given) != n:
             raise ValueError(
                 f"{name} must have one entry for each of {n} weights, got {len(given)}"
             )
     each_bias: list[Tensor | None] = [None] * n if biases is None else list(biases)
-    each_scaling: list[Any] = list(scaling) if "scaling" in named else [scaling] * n  # type: ignore[arg-type]
+    each_scaling = _each_scaling(scaling, n)
     for i, factor in enumerate(each_scaling):
         try:
             check_tensors(x, weights[i], lora_As[i], lora_Bs[i], each_bias[i])

@@ -77,7 +77,16 @@ def lora_linear_group_backward(
 ) -> list[Tensor]:
     """`fused_backward`, with an empty tensor for a gradient that is not needed."""
     grads = fused_backward(
-        x, mask, s, scaling, dropout_p, starts, need_x, need_as, need_bs, *tensors
+        x,
+        mask,
+        s,
+        scaling,
+        dropout_p,
+        starts,
+        need_x,
+        need_as,
+        need_bs,
+        *tensors,  # type: ignore[arg-type]
     )
     # dB comes transposed.
     return [or_empty(None if g is None else g.contiguous(), tensors[0]) for g in grads]

@@ -51,6 +51,15 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
 
 
 @triton.jit
+def late_wait_step(k_steps):
+    """The step in a pipelined loop at which to wait for the kernel whose result step ``k_steps`` reads.
+
+    Loads are issued up to seven steps ahead of their use.
+    """
+    return tl.maximum(k_steps - 8, 0)
+
+
+@triton.jit
 def add_frozen_product(
     acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,

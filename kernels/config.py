@@ -63,10 +63,36 @@ def rank_step(R: int, itemsize: int) -> int:
     return min(128 // itemsize, rank_block(R))
 
 
+def gemm_boxes(
+    c: LaunchConfig, *, nk: bool = True, rank_product: bool = False
+) -> tuple[tuple[int, int], ...]:
+    """Blocks of a TMA GEMM's descriptors: x, W (``[N, K]`` if ``nk``), perhaps s and B, and y."""
+    right = (c.BLOCK_N, c.BLOCK_K) if nk else (c.BLOCK_K, c.BLOCK_N)
+    products = ((c.BLOCK_M, c.BLOCK_K), right) * (2 if rank_product else 1)
+    return (*products, (c.BLOCK_M, c.BLOCK_N // c.SUBTILES))
+
+
+def runs_beside(M: int, N: int, num_sms: int) -> bool:
+    """Whether `lora_shrink` leaves room for the GEMM to begin beside it, where its share of time is large.
+
+    8192 tokens, 4096 -> 1024: 112 us for both instead of 122; 2048 tokens, 4096 -> 4096: 103 instead of
+    109. With more tiles the narrower ring costs what the overlap saves (4096 -> 4096: 429 and 432).
+    """
+    return cdiv(M, 128) * cdiv(N, 256) <= 4 * num_sms
+
+
 def gemm_tma_config(
-    M: int, N: int, itemsize: int, num_sms: int, masked_rank: int | None = None
+    M: int,
+    N: int,
+    itemsize: int,
+    num_sms: int,
+    masked_rank: int | None = None,
+    beside: bool = False,
 ) -> LaunchConfig:
     """Tiles of the persistent TMA GEMMs with an ``[M, N]`` output; ``masked_rank`` is grad_x's with dropout.
+
+    ``beside``: leave a quarter of an SM's shared memory to the kernel before, which then runs on beside
+    this one.
 
     Without a mask, 128x256 with 4 stages and its output stored in halves is level with cuBLAS without LoRA
     (8192^3: 0.99, 8192 x 4096 x 4096: 1.02); 3 stages and a whole store are up to 0.02 behind. So are
@@ -75,6 +101,8 @@ def gemm_tma_config(
     """
     block_k = 128 // itemsize  # 128 bytes: one swizzle atom of shared memory
     if cdiv(M, 128) * cdiv(N, 256) >= num_sms:
+        if beside:
+            return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=3, SUBTILES=2)
         if masked_rank is None and itemsize == 2:
             return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=4, SUBTILES=2)
         # Beside a ring of 3 x 48 KB, a whole tile (64 KB) and rank 16's operands just fit.
@@ -91,6 +119,15 @@ def gemm_pointer_config(itemsize: int, precision: str) -> LaunchConfig:
     if itemsize == 4:
         return LaunchConfig(128, 64, 32, num_warps=4, num_stages=3)
     return LaunchConfig(128, 128, 32, num_warps=8, num_stages=4)
+
+
+def shrink_beside_config(M: int, num_sms: int) -> LaunchConfig:
+    """`shrink_config` for 16-bit x and rank 16 where the GEMM begins beside it: one wave of small programs.
+
+    All of them must have begun before the GEMM may, and two of them leave the GEMM room on an SM.
+    """
+    block_m = 32 if cdiv(M, 16) > 2 * num_sms else 16
+    return LaunchConfig(block_m, 16, 128, num_warps=4, num_stages=3 if block_m == 32 else 4)
 
 
 def shrink_config(
@@ -224,6 +261,25 @@ def grad_a_config(
         block_m, block_c, warps = 64 if itemsize == 2 else 32, 128 if R <= 64 else 64, 4
     splits = _row_splits(M, K, block_m, block_c, num_sms, per_sm=2)
     return ReduceConfig(block_m, block_c, splits, num_warps=warps, num_stages=3)
+
+
+def grad_ab_config(
+    K: int, N: int, R: int, itemsize: int, num_sms: int, precision: str, dropout: bool
+) -> ReduceConfig:
+    """Config of the launch that makes dA and dB while dx is computed beside it.
+
+    A program takes a few columns over all rows, so that nothing is left to be summed; all programs are on
+    the GPU at once, and small enough for the GEMM to fit beside two of them. It may be slow, for it has the
+    time of the GEMM: 8192 tokens, 4096 -> 4096, rank 16: 52 us alone, about 40 of them hidden.
+    """
+    if precision == "ieee" and itemsize == 4:
+        return ReduceConfig(16, 32, 1, num_warps=4, num_stages=2)
+    block_c = 32
+    while cdiv(K, block_c) + cdiv(N, block_c) > 2 * num_sms and block_c < 128:
+        block_c *= 2
+    if itemsize == 4 or R > 64:
+        return ReduceConfig(32, min(block_c, 64), 1, num_warps=4, num_stages=2)
+    return ReduceConfig(64, block_c, 1, num_warps=4, num_stages=3 if block_c > 32 else 4)
 
 
 def embedding_config(

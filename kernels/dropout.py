@@ -38,17 +38,25 @@ def unpack_bits(bits, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def load_keep(mask_ptr, offs_m, col_start, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The boolean keep tile ``[BLOCK_M, BLOCK_K]`` from the packed mask ``[M, ceil(K / 8)]``.
+def load_bits(mask_ptr, offs_m, col_start, M, K, BLOCK_K: tl.constexpr):
+    """``[BLOCK_M, BLOCK_K / 8]`` packed bytes from the mask ``[M, ceil(K / 8)]``; 0 outside of it.
 
-    ``col_start`` is a multiple of 8. Rows past M are False; so are columns past K, but for those that share
-    K's last byte, which are draws like any other.
+    ``col_start`` is a multiple of 8.
     """
     row_bytes = (K + 7) // 8
     offs_g = col_start // 8 + tl.arange(0, BLOCK_K // 8)
-    bits = tl.load(
+    return tl.load(
         mask_ptr + offs_m.to(tl.int64)[:, None] * row_bytes + offs_g[None, :],
         mask=(offs_m[:, None] < M) & (offs_g[None, :] < row_bytes),
         other=0,
     ).to(tl.int32)  # [BLOCK_M, BLOCK_K/8]
-    return unpack_bits(bits, BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def load_keep(mask_ptr, offs_m, col_start, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The boolean keep tile ``[BLOCK_M, BLOCK_K]`` from the packed mask ``[M, ceil(K / 8)]``.
+
+    Rows past M are False; so are columns past K, but for those that share K's last byte, which are draws
+    like any other.
+    """
+    return unpack_bits(load_bits(mask_ptr, offs_m, col_start, M, K, BLOCK_K), BLOCK_M, BLOCK_K)

@@ -2,7 +2,7 @@
 
 `kernel[grid](...)` analyses every argument at every call, which costs more host time than a small layer
 has GPU time. Here an op keeps a `Launch` for each shape, in a cached function of shapes, strides and
-dtypes, and a call of it passes the tensors straight to the compiled kernel.
+dtypes, and a call of it goes straight to the compiled kernel (`fastlora.kernels.direct`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,24 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .direct import direct_launch
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MAX_PLANS = 4096  # of an op: training on many lengths makes one for each
 _plans: list[Any] = []
-_compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}
 _interpreter = threading.Lock()  # it keeps the program index, and patches triton.language, globally
 _MAX_COMPILED = 4096
+_runtime = knobs.runtime
+
+
+def _current_device() -> int:
+    return torch._C._cuda_getDevice()
+
+
+def _current_stream(index: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(index)
 
 
 def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
@@ -66,7 +77,7 @@ def _compile_and_run(
 
 def _profiled() -> bool:
     """Whether a profiler wants to see launches: its hook is a function in Triton 3.4, then a chain."""
-    hook = knobs.runtime.launch_enter_hook
+    hook = _runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
@@ -84,10 +95,14 @@ class Launch:
         grid (tuple[int, ...]): programs in each dimension, one or two of them or three.
         device (torch.device): where the tensors are.
         *sizes: the kernel's integers.
+        boxes (tuple[tuple[int, int], ...]): the blocks of the first arguments, where these are descriptors
+            to the kernel: their tensors must fit TMA, and each plan's have one shape. Default: ``()``.
         **options: its constexpr parameters, and launch options.
     """
 
-    __slots__ = ("_constants", "_device", "_found", "_grid", "_kernel", "_options", "_sizes")
+    __slots__ = (
+        "_boxes", "_device", "_found", "_grid", "_kernel", "_options", "_sizes"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -95,50 +110,56 @@ class Launch:
         grid: tuple[int, ...],
         device: torch.device,
         *sizes: int,
+        boxes: tuple[tuple[int, int], ...] = (),
         **options: Any,
     ) -> None:
         """Prepare what calls have in common."""
         self._kernel, self._device, self._sizes, self._options = kernel, device, sizes, options
-        self._grid = (*grid, 1, 1)[:3]
-        self._found: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
-        self._constants: tuple[Any, ...] | None = None
+        self._grid, self._boxes = (*grid, 1, 1)[:3], boxes
+        self._found: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def __call__(self, *args: Any) -> None:
         """Launch on the current stream of the device: ``kernel[grid](*args, *sizes, **options)``."""
         device = self._device
         if device.type != "cuda":
             with _interpreter:
-                _compile_and_run(self._kernel, self._grid, (*args, *self._sizes), self._options)
+                self._run_anew(args)
             return
-        if device.index != torch.cuda.current_device():
+        if device.index != _current_device():
             with torch.cuda.device(device):
                 self(*args)
             return
         key: list[Any] = []
+        values: list[Any] = []
+        addresses = 0
+        value: Any
+        kind: Any
         for a in args:
-            kind = type(a)
-            if kind is TensorDescriptor:
-                key.append(a.base.dtype)
-            elif kind is float:  # never specialised on
-                key.append(float)
-            elif a is None:
-                key.append(None)
-            elif kind is int:
-                key.append(_specialised(a))
+            if a is None:
+                value = kind = None
+            elif type(a) is float:  # never specialised on
+                value, kind = a, float
+            elif type(a) is int:
+                value, kind = a, _specialised(a)
             else:
-                key.append(a.dtype)
-                key.append(a.data_ptr() & 15 == 0)
+                value, kind = a.data_ptr(), a.dtype
+                addresses |= value
+            key.append(kind)
+            values.append(value)
+        if addresses & 15:  # Triton compiles for each argument whether it is aligned
+            key += [v & 15 == 0 for a, v in zip(args, values, strict=True) if isinstance(a, Tensor)]
         signature = tuple(key)
-        found = self._found.get(signature)
-        if found is None or _profiled():
+        launch = self._found.get(signature)
+        if launch is None or _profiled():
             self._launch_anew(signature, args)
             return
-        run, function, metadata = found
-        x, y, z = self._grid
-        run(
-            x, y, z, torch._C._cuda_getCurrentRawStream(device.index), function, metadata,
-            None, None, None, *args, *self._sizes, *self._constants,  # type: ignore[misc]
-        )  # fmt: skip
+        launch(_current_stream(device.index), args, values)
+
+    def _run_anew(self, args: tuple[Any, ...]) -> Any:
+        boxes = self._boxes
+        described = [descriptor(t, list(box)) for t, box in zip(args, boxes, strict=False)]
+        everything = (*described, *args[len(boxes) :], *self._sizes)
+        return _compile_and_run(self._kernel, self._grid, everything, self._options)
 
     def _launch_anew(self, signature: tuple[Any, ...], args: tuple[Any, ...]) -> None:
         """Launch through Triton, which compiles, unless another shape has compiled the same already."""
@@ -146,21 +167,37 @@ class Launch:
         sizes = tuple(map(_specialised, self._sizes))
         # id(), since a JITFunction computes its hash at every call; being global, it never dies.
         everything = (
-            id(self._kernel), self._device.index, signature, sizes, *self._options.items()
+            id(self._kernel), self._device.index, signature, sizes, self._boxes, *self._options.items()
         )  # fmt: skip
         if everything in _compiled and not _profiled():
             self._remember(signature, _compiled[everything], names, len(args))
             self(*args)
             return
-        made = _compile_and_run(self._kernel, self._grid, (*args, *self._sizes), self._options)
+        made = self._run_anew(args)
         if names is not None:
             if len(_compiled) >= _MAX_COMPILED:
                 _compiled.clear()
-            _compiled[everything] = made.run, made.function, made.packed_metadata
-            self._remember(signature, _compiled[everything], names, len(args))
+            _compiled[everything] = made
+            self._remember(signature, made, names, len(args))
 
-    def _remember(
-        self, signature: tuple[Any, ...], compiled: tuple[Any, Any, Any], names: Any, given: int
+    def _remember(self, signature: tuple[Any, ...], made: Any, names: Any, given: int) -> None:
+        launch: Callable[..., None] | None = direct_launch(made, self._grid, self._sizes, given)
+        if launch is None:
+            constants = tuple(self._options[name] for name in names[given + len(self._sizes) :])
+            launch = functools.partial(self._through_triton, made, constants)
+        self._found[signature] = launch
+
+    def _through_triton(
+        self,
+        made: Any,
+        constants: tuple[Any, ...],
+        stream: int,
+        args: tuple[Any, ...],
+        _: list[Any],
     ) -> None:
-        self._constants = tuple(self._options[name] for name in names[given + len(self._sizes) :])
-        self._found[signature] = compiled
+        """Launch a compiled kernel by Triton's own launcher, without its analysis of the arguments."""
+        described = [descriptor(t, list(box)) for t, box in zip(args, self._boxes, strict=False)]
+        made.run(
+            *self._grid, stream, made.function, made.packed_metadata, None, None, None,
+            *described, *args[len(described) :], *self._sizes, *constants,
+        )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,14 +20,22 @@ from .common import (
     for_tma,
     has_pdl,
     has_tma,
+    late_wait_step,
     rows_fit_tma,
     store_tile,
     strides,
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import LaunchConfig, cdiv, gemm_pointer_config, gemm_tma_config, rank_step
-from .launch import Launch, cached_plan, descriptor
+from .config import (
+    cdiv,
+    gemm_boxes,
+    gemm_pointer_config,
+    gemm_tma_config,
+    rank_step,
+    runs_beside,
+)
+from .launch import Launch, cached_plan
 
 
 @triton.jit
@@ -38,16 +48,21 @@ def _lora_forward_tma_kernel(
     """``y = [x s] [W B]^T + bias`` by TMA. Grid: persistent, one program an SM.
 
     The rank product is the last steps of the K loop, read from other tensors: one pipeline for both,
-    which a product after the loop would drain. Flattening prefetches the next tile during a store.
+    which a product after the loop would drain. Flattening prefetches the next tile during a store. The
+    kernel that makes s may still run beside the first tile: it is waited for shortly before s is read.
     """
-    wait_for_previous_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     k_steps = tl.cdiv(K, BLOCK_K)
+    wait_at = late_wait_step(k_steps)
+    if wait_at == 0:
+        wait_for_previous_kernel(PDL)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(0, k_steps + tl.cdiv(R, BLOCK_K)):
+            if step == wait_at:
+                wait_for_previous_kernel(PDL)
             if step < k_steps:
                 left, right, start_k = x_desc, w_desc, step * BLOCK_K
             else:
@@ -105,24 +120,25 @@ def _plan(
     has_bias: bool,
     is_aligned: bool,
     precision: str,
-) -> tuple[LaunchConfig | None, Launch]:
-    """The launch, and for the TMA kernel the tiles that its descriptors need."""
+) -> tuple[bool, Launch]:
+    """Whether by TMA, and the launch."""
     (M, K), (N, R), itemsize = shape, b_shape, dtype.itemsize
     major, num_sms = device_properties(device)
-    options = {"HAS_BIAS": has_bias, "PRECISION": precision}
+    options: dict[str, Any] = {"HAS_BIAS": has_bias, "PRECISION": precision}
     dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma(w_shape, w_stride, itemsize)
     if has_tma(major) and precision == "tf32" and is_aligned and dense and N * itemsize % 16 == 0:
         pdl = has_pdl(device)
-        c = gemm_tma_config(M, N, itemsize, num_sms)
+        c = gemm_tma_config(M, N, itemsize, num_sms, beside=runs_beside(M, N, num_sms))
         tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
-        return c, Launch(
+        return True, Launch(
             _lora_forward_tma_kernel, (min(num_sms, tiles),), device, M, N, K, R,
+            boxes=gemm_boxes(c, rank_product=True),
             BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
             SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
             PDL=pdl, launch_pdl=pdl, **options,
         )  # fmt: skip
     c, block_r = gemm_pointer_config(itemsize, precision), rank_step(R, itemsize)
-    return None, Launch(
+    return False, Launch(
         _lora_forward_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
         M, N, K, R, *strides(shape, stride), *strides(w_shape, w_stride),
         s_stride, *strides(b_shape, b_stride),
@@ -148,20 +164,13 @@ def lora_forward(
         Tensor: ``[M, N]``.
     """
     (M, K), N = x.shape, weight.shape[0]
-    c, launch = _plan(
+    by_tma, launch = _plan(
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), lora_B.shape, lora_B.stride(),
         s.stride(0), x.device, bias is not None, aligned(x, weight), dot_precision(x.dtype, K),
     )  # fmt: skip
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if c is None:
+    if not by_tma:
         launch(x, weight, y, s, lora_B, bias)
         return y
-    launch(
-        descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
-        descriptor(weight, [c.BLOCK_N, c.BLOCK_K]),
-        descriptor(for_tma(s, x.dtype), [c.BLOCK_M, c.BLOCK_K]),
-        descriptor(for_tma(lora_B, x.dtype), [c.BLOCK_N, c.BLOCK_K]),
-        descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
-        bias,
-    )
+    launch(x, weight, for_tma(s, x.dtype), for_tma(lora_B, x.dtype), y, bias)
     return y

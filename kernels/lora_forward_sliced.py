@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -27,8 +28,8 @@ from .common import (
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import LaunchConfig, cdiv, gemm_pointer_config, gemm_tma_config, rank_step
-from .launch import Launch, cached_plan, descriptor
+from .config import cdiv, gemm_boxes, gemm_pointer_config, gemm_tma_config, rank_step
+from .launch import Launch, cached_plan
 
 Slices = tuple[tuple[int, int], ...]
 """The ``(first, last)`` columns of y of each adapted slice, in order; ``last`` is not in it."""
@@ -151,11 +152,11 @@ def _plan(
     has_bias: bool,
     is_aligned: bool,
     precision: str,
-) -> tuple[LaunchConfig | None, Tensor, Launch]:
-    """The launch with its table, and for the TMA kernel the tiles that its descriptors need."""
+) -> tuple[bool, Tensor, Launch]:
+    """Whether by TMA, the table of slices, and the launch."""
     (M, K), N, (b_rows, R), itemsize = shape, w_shape[0], b_shape, dtype.itemsize
     major, num_sms = device_properties(device)
-    options = {"HAS_BIAS": has_bias, "PRECISION": precision}
+    options: dict[str, Any] = {"HAS_BIAS": has_bias, "PRECISION": precision}
     dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma(w_shape, w_stride, itemsize)
     if has_tma(major) and precision == "tf32" and is_aligned and dense and N * itemsize % 16 == 0:
         c = gemm_tma_config(M, N, itemsize, num_sms)
@@ -163,14 +164,15 @@ def _plan(
         if table is not None:
             pdl = has_pdl(device)
             tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
-            return c, table, Launch(
+            return True, table, Launch(
                 _lora_forward_sliced_tma_kernel, (min(num_sms, tiles),), device, M, N, K, R,
+                boxes=gemm_boxes(c, rank_product=True),
                 BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
                 SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
                 PDL=pdl, launch_pdl=pdl, **options,
             )  # fmt: skip
     c, block_r = gemm_pointer_config(itemsize, precision), rank_step(R, itemsize)
-    return None, _columns_of_slices(slices, device), Launch(
+    return False, _columns_of_slices(slices, device), Launch(
         _lora_forward_sliced_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
         M, N, K, R, len(slices), b_rows, *strides(shape, stride), *strides(w_shape, w_stride),
         M * R, R, *strides(b_shape, b_stride),
@@ -203,21 +205,14 @@ def lora_forward_sliced(
         Tensor: ``[M, N]``.
     """
     (M, K), N = x.shape, weight.shape[0]
-    c, table, launch = _plan(
+    by_tma, table, launch = _plan(
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), lora_B.shape, lora_B.stride(),
         tuple(slices), x.device, bias is not None, aligned(x, weight), dot_precision(x.dtype, K),
     )  # fmt: skip
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if c is None:
+    if not by_tma:
         launch(x, weight, y, s, lora_B, bias, table)
         return y
-    launch(
-        descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
-        descriptor(weight, [c.BLOCK_N, c.BLOCK_K]),
-        descriptor(for_tma(s.flatten(0, 1), x.dtype), [c.BLOCK_M, c.BLOCK_K]),
-        descriptor(for_tma(lora_B, x.dtype), [c.BLOCK_N, c.BLOCK_K]),
-        descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
-        bias,
-        table,
-    )
+    rows = for_tma(s.flatten(0, 1), x.dtype)
+    launch(x, weight, rows, for_tma(lora_B, x.dtype), y, bias, table)
     return y

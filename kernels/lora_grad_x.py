@@ -19,15 +19,16 @@ from .common import (
     for_tma,
     has_pdl,
     has_tma,
+    late_wait_step,
     rows_fit_tma,
     store_tile,
     strides,
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import LaunchConfig, cdiv, gemm_pointer_config, gemm_tma_config, rank_step
+from .config import cdiv, gemm_boxes, gemm_pointer_config, gemm_tma_config, rank_step
 from .dropout import load_keep
-from .launch import Launch, cached_plan, descriptor
+from .launch import Launch, cached_plan
 
 
 @triton.jit
@@ -55,22 +56,29 @@ def _rank_product(
 @triton.jit
 def _lora_grad_x_tma_kernel(
     dy_desc, w_desc, ds_desc, a_desc, dx_desc, M, N, K, R,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, BESIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``dx = [dy ds] [W; A]`` by TMA, no dropout. Grid: persistent, one program an SM.
 
-    Tiles are BLOCK_M x BLOCK_N of dx ``[M, K]``; the sum over N, then R, goes in steps of BLOCK_K.
+    Tiles are BLOCK_M x BLOCK_N of dx ``[M, K]``; the sum over N, then R, goes in steps of BLOCK_K. The
+    previous kernel makes ds, or, if BESIDE, runs on beside this one and only has to end before it.
     """
-    wait_for_previous_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
     n_steps = tl.cdiv(N, BLOCK_K)
+    wait_at = late_wait_step(n_steps)
+    if not BESIDE:  # noqa: SIM102 - decided when compiling, so it stands alone
+        if wait_at == 0:
+            wait_for_previous_kernel(PDL)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         start_m, start_k = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(0, n_steps + tl.cdiv(R, BLOCK_K)):
+            if not BESIDE:  # noqa: SIM102
+                if step == wait_at:
+                    wait_for_previous_kernel(PDL)
             if step < n_steps:
                 left, right, start_n = dy_desc, w_desc, step * BLOCK_K
             else:
@@ -79,21 +87,25 @@ def _lora_grad_x_tma_kernel(
             b = right.load([start_n, start_k])  # [BLOCK_K, BLOCK_N]
             acc = dot(a, b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
         store_tile(dx_desc, acc, start_m, start_k, BLOCK_M, BLOCK_N, SUBTILES)
+    if BESIDE:
+        wait_for_previous_kernel(PDL)
 
 
 @triton.jit
 def _lora_grad_x_dropout_kernel(
     dy_desc, w_desc, dx_desc, ds_ptr, a_ptr, mask_ptr,
     M, N, K, R, stride_dsm, stride_ar, stride_ak,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, BESIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``dx = mask * (ds A) + dy W`` by TMA. Grid: persistent, one program an SM.
 
     Not flattened: with the masked product in the loop, ptxas waits for every wgmma (2.3 times as slow).
+    BESIDE as in the kernel above.
     """
-    wait_for_previous_kernel(PDL)
+    if not BESIDE:
+        wait_for_previous_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
@@ -108,6 +120,8 @@ def _lora_grad_x_dropout_kernel(
             w = w_desc.load([n * BLOCK_K, start_k])  # [BLOCK_K, BLOCK_N]
             acc = dot(dy, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
         store_tile(dx_desc, acc, start_m, start_k, BLOCK_M, BLOCK_N, SUBTILES)
+    if BESIDE:
+        wait_for_previous_kernel(PDL)
 
 
 @triton.jit
@@ -152,15 +166,16 @@ def _plan(
     has_dropout: bool,
     is_aligned: bool,
     precision: str,
-) -> tuple[LaunchConfig | None, Launch]:
-    """The launch, and for the TMA kernels the tiles that their descriptors need."""
+    beside: bool,
+) -> tuple[bool, Launch]:
+    """Whether by TMA, and the launch."""
     (M, N), (R, K), itemsize = shape, a_shape, dtype.itemsize
     major, num_sms = device_properties(device)
     dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma((N, K), w_stride, itemsize)
     fits = is_aligned and dense and K * itemsize % 16 == 0
     by_tma = has_tma(major) and precision == "tf32" and fits
     c = (
-        gemm_tma_config(M, K, itemsize, num_sms, R if has_dropout else None)
+        gemm_tma_config(M, K, itemsize, num_sms, R if has_dropout else None, beside)
         if by_tma
         else gemm_pointer_config(itemsize, precision)
     )
@@ -169,26 +184,36 @@ def _plan(
         "num_warps": c.num_warps, "num_stages": c.num_stages, "PRECISION": precision,
     }  # fmt: skip
     tiles = cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)
-    ranks = {"R_STEPS": cdiv(R, rank_step(R, itemsize)), "BLOCK_R": rank_step(R, itemsize)}
+    ranks: dict[str, Any] = {
+        "R_STEPS": cdiv(R, rank_step(R, itemsize)),
+        "BLOCK_R": rank_step(R, itemsize),
+    }
     sizes, a_strides = (M, N, K, R), strides(a_shape, a_stride)
     if not by_tma:
-        return None, Launch(
+        return False, Launch(
             _lora_grad_x_pointer_kernel, (tiles,), device, *sizes,
             *strides(shape, stride), *strides((N, K), w_stride), ds_stride, *a_strides,
             HAS_DROPOUT=has_dropout, **ranks, **options,
         )  # fmt: skip
     pdl, grid = has_pdl(device), (min(num_sms, tiles),)
-    options |= {"SUBTILES": c.SUBTILES, "PDL": pdl, "launch_pdl": pdl}
+    options |= {"SUBTILES": c.SUBTILES, "PDL": pdl, "launch_pdl": pdl, "BESIDE": beside}
     if has_dropout:
-        return c, Launch(
+        return True, Launch(
             _lora_grad_x_dropout_kernel, grid, device, *sizes, ds_stride, *a_strides,
-            **ranks, **options,
+            boxes=gemm_boxes(c, nk=False), **ranks, **options,
         )  # fmt: skip
-    return c, Launch(_lora_grad_x_tma_kernel, grid, device, *sizes, **options)
+    boxes = gemm_boxes(c, nk=False, rank_product=True)
+    return True, Launch(_lora_grad_x_tma_kernel, grid, device, *sizes, boxes=boxes, **options)
 
 
 def lora_grad_x(
-    dy: Tensor, weight: Tensor, ds: Tensor, lora_A: Tensor, mask: Tensor | None = None
+    dy: Tensor,
+    weight: Tensor,
+    ds: Tensor,
+    lora_A: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beside: bool = False,
 ) -> Tensor:
     """``dx = mask * (ds A) + dy W0`` in the dtype of dy, contiguous.
 
@@ -198,26 +223,24 @@ def lora_grad_x(
         ds (Tensor): ``[M, R]``, rows dense, with scaling and 1 / (1 - p) in it: from `lora_grad_b`.
         lora_A (Tensor): ``[R, K]``, any strides, cast to the dtype of dy for the product.
         mask (Tensor | None): packed keep mask of `lora_shrink`. Default: ``None``, all kept.
+        beside (bool): ds is complete already, and the kernel launched just before this one, none of whose
+            results are read here, leaves room for this one to run beside it. Default: ``False``.
 
     Returns:
         Tensor: ``[M, K]``.
     """
     (M, N), K = dy.shape, lora_A.shape[1]
-    c, launch = _plan(
+    by_tma, launch = _plan(
         dy.shape, dy.stride(), dy.dtype, weight.stride(), lora_A.shape, lora_A.stride(),
         ds.stride(0), dy.device, mask is not None, aligned(dy, weight), dot_precision(dy.dtype, N),
+        beside,
     )  # fmt: skip
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    if c is None:
+    if not by_tma:
         launch(dy, weight, dx, ds, lora_A, mask)
         return dx
-    dy_desc = descriptor(dy, [c.BLOCK_M, c.BLOCK_K])
-    w_desc = descriptor(weight, [c.BLOCK_K, c.BLOCK_N])
-    dx_desc = descriptor(dx, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES])
     if mask is not None:
-        launch(dy_desc, w_desc, dx_desc, ds, lora_A, mask)
-        return dx
-    ds_desc = descriptor(for_tma(ds, dy.dtype), [c.BLOCK_M, c.BLOCK_K])
-    a_desc = descriptor(for_tma(lora_A, dy.dtype), [c.BLOCK_K, c.BLOCK_N])
-    launch(dy_desc, w_desc, ds_desc, a_desc, dx_desc)
+        launch(dy, weight, dx, ds, lora_A, mask)
+    else:
+        launch(dy, weight, for_tma(ds, dy.dtype), for_tma(lora_A, dy.dtype), dx)
     return dx

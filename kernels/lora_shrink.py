@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    device_properties,
     dot,
     dot_precision,
     empty_rows,
@@ -17,7 +18,15 @@ from .common import (
     padded_columns,
     strides,
 )
-from .config import cdiv, dropout_threshold, keep_scale, rank_block, shrink_config
+from .config import (
+    cdiv,
+    dropout_threshold,
+    keep_scale,
+    rank_block,
+    runs_beside,
+    shrink_beside_config,
+    shrink_config,
+)
 from .dropout import keep_bits, unpack_bits
 from .launch import Launch, cached_plan
 
@@ -88,9 +97,14 @@ def _plan(
     scaling_dims: int | None,
     has_dropout: bool,
     precision: str,
+    product_columns: int,
 ) -> Launch:
-    M, K = shape
-    c = shrink_config(dtype.itemsize, R, precision, has_dropout)
+    (M, K), num_sms = shape, device_properties(device)[1]
+    small = dtype.itemsize == 2 and R <= 32
+    if small and product_columns and runs_beside(M, product_columns, num_sms):
+        c = shrink_beside_config(M, num_sms)
+    else:
+        c = shrink_config(dtype.itemsize, R, precision, has_dropout)
     return Launch(
         _lora_shrink_kernel, (cdiv(M, c.BLOCK_M),), device,
         M, K, R, *strides(shape, stride), *strides((R, K), a_stride), s_stride,
@@ -108,6 +122,8 @@ def lora_shrink(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     factor: float = 1.0,
+    *,
+    product_columns: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``s = factor * scaling * dropout(x) A^T``, and the packed keep mask.
@@ -120,6 +136,8 @@ def lora_shrink(
         dropout_p (float): probability of dropping an element of x. Default: 0.0.
         seed (Tensor | None): 0-dim int64 on x's device; needed when ``dropout_p > 0``.
         factor (float): one more factor, applied in fp32. Default: 1.0.
+        product_columns (int): columns of the GEMM that is launched next and may begin beside this kernel;
+            0 for none. Default: 0.
         out (Tensor | None): ``[M, R]`` in the dtype of x, rows dense, to write s into: columns of a wider
             tensor, for example. Default: ``None``.
 
@@ -133,6 +151,7 @@ def lora_shrink(
         x.shape, x.stride(), x.dtype, R, lora_A.stride(),
         padded_columns(R, x.dtype.itemsize) if out is None else out.stride(0), x.device,
         scaling.dim() if isinstance(scaling, Tensor) else None, has_dropout, dot_precision(x.dtype),
+        product_columns,
     )  # fmt: skip
     s = empty_rows(M, R, x.dtype, x.device) if out is None else out
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None

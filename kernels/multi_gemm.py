@@ -6,6 +6,8 @@ the others load as zeros. A tile whose rows share an adapter thus costs what it 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,13 +33,14 @@ from .common import (
 from .config import (
     LaunchConfig,
     cdiv,
+    gemm_boxes,
     gemm_pointer_config,
     multi_decode_config,
     multi_gemm_tma_config,
     rank_step,
 )
 from .dropout import load_keep
-from .launch import Launch, cached_plan, descriptor
+from .launch import Launch, cached_plan
 
 
 @triton.jit
@@ -233,7 +236,7 @@ def _plan(
     num_sms = device_properties(device)[1]
     tiles, pdl = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N), kind != "pointer" and has_pdl(device)
     block_r = min(rank_step(R, dtype.itemsize), 32)  # adapters of lower rank pad less
-    options = {
+    options: dict[str, Any] = {
         "HAS_BIAS": has_bias, "HAS_DROPOUT": has_dropout, "PRECISION": precision,
         "PDL": pdl, "launch_pdl": pdl, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
         "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M, "BLOCK_R": block_r,
@@ -244,7 +247,8 @@ def _plan(
         return Launch(
             _lora_multi_gemm_tma_kernel, (min(num_sms, tiles),), device,
             M, N, K, R, width, s_stride[1], *b_strides,
-            W_IS_NK=w_stride[1] == 1, SUBTILES=c.SUBTILES, **options,
+            boxes=gemm_boxes(c, nk=w_stride[1] == 1), W_IS_NK=w_stride[1] == 1,
+            SUBTILES=c.SUBTILES, **options,
         )  # fmt: skip
     return Launch(
         _lora_multi_gemm_pointer_kernel, (tiles,), device,
@@ -292,14 +296,6 @@ def lora_multi_gemm(
     if kind != "tma":
         launch(x, weight, y, s, lora_B, bias, mask, ids, slots, ranks)
         return y
-    if weight.stride(1) == 1:
-        w_desc = descriptor(weight, [c.BLOCK_N, c.BLOCK_K])
-    else:
-        w_desc = descriptor(weight.t(), [c.BLOCK_K, c.BLOCK_N])
-    launch(
-        descriptor(x, [c.BLOCK_M, c.BLOCK_K]),
-        w_desc,
-        descriptor(y, [c.BLOCK_M, c.BLOCK_N // c.SUBTILES]),
-        s, lora_B, bias, mask, ids, slots, ranks,
-    )  # fmt: skip
+    dense = weight if weight.stride(1) == 1 else weight.t()
+    launch(x, dense, y, s, lora_B, bias, mask, ids, slots, ranks)
     return y

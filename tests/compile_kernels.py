@@ -96,6 +96,18 @@ def cases() -> list[Case]:
         Case("grad_x", 90, "tf32", R=128, **few),
         Case("grad_x", 90, "ieee", dropout=True),
         Case("grad_x", 90, R=64, dropout=True, **odd),
+        Case("grad_x_beside", 90),
+        Case("grad_x_beside", 90, R=128, fp32_adapters=True),
+        Case("grad_x_beside", 90, dropout=True),
+        Case("grad_x_beside", 90, R=64, dropout=True),
+        Case("grad_x_beside", 90, R=256, dropout=True),
+        Case("grad_x_beside", 90, "fp16", dropout=True, **few),
+        Case("grad_x_beside", 90, "tf32"),
+        Case("grad_x_beside", 90, "tf32", R=64, dropout=True),
+        Case("forward", 90, M=2048),
+        Case("shrink_beside", 90, M=2048),
+        Case("shrink_beside", 90, N=1024),
+        Case("shrink_beside", 90, R=32, dropout=True, fp32_adapters=True, N=1024),
         Case("forward", 80, bias=True),
         Case("forward", 80, R=64, fp32_adapters=True),
         Case("forward", 80, R=256, **odd),
@@ -108,7 +120,7 @@ def cases() -> list[Case]:
         found += [Case(op, 80, "fp16", **drop), Case(op, 80, "ieee", R=64, **drop)]
         found += [Case(op, 80, "tf32", **drop), Case(op, 80, "tf32", R=256, **drop)]
     for arch in (80, 90):
-        for op in ("shrink", "grad_a"):
+        for op in ("shrink", "grad_a", "grad_ab"):
             for rank in (16, 64, 128, 256):
                 found += [Case(op, arch, R=rank), Case(op, arch, R=rank, dropout=True)]
             found += [
@@ -257,7 +269,16 @@ def call(case: Case) -> None:
             x, w, s, lora_B, new((N,), dtype=dtype) if case.bias else None
         ),
         "grad_b": lambda: modules["lora_grad_b"].lora_grad_b(dy, s, lora_B, scaling, p),
+        "shrink_beside": lambda: modules["lora_shrink"].lora_shrink(
+            x, lora_A, scaling, p, seed, product_columns=N
+        ),
         "grad_x": lambda: modules["lora_grad_x"].lora_grad_x(dy, w, s, lora_A, mask),
+        "grad_x_beside": lambda: modules["lora_grad_x"].lora_grad_x(
+            dy, w, s, lora_A, mask, beside=True
+        ),
+        "grad_ab": lambda: modules["lora_grad_ab"].lora_grad_ab(
+            x, s, mask, dy, s, adapter, adapter
+        ),
         "grad_a": lambda: modules["lora_grad_a"].lora_grad_a(x, s, mask, adapter),
         # x is the table of K-wide rows here, and its M rows the vocabulary.
         "embedding": lambda: modules["lora_embedding"].lora_embedding(

@@ -1,8 +1,9 @@
-"""Shared settings: interpreted kernels without a GPU, poisoned outputs, fixed seeds."""
+"""Shared settings: interpreted kernels without a GPU, poisoned outputs, fixed seeds, tests run alone."""
 
 from __future__ import annotations
 
 import importlib.abc
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -35,9 +36,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fastlora")
 
-if "PYTEST_XDIST_WORKER" in os.environ and not HAS_CUDA:
-    # One core a worker: torch's own threads would only contend.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One core a worker, and for the processes that it starts: torch's threads, which spin while they wait,
+    # would only contend. With a GPU too: 14 workers of 16 threads made tests on the CPU 200 times slower.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,6 +50,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+ALONE = "FASTLORA_TEST_ALONE"
+"""Set where pytest runs one test for another pytest."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked ``alone`` in a process of its own, which may break there."""
+    if pyfuncitem.get_closest_marker("alone") is None or ALONE in os.environ:
+        return None
+    # Without the options and the names of the workers of this pytest.
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_ADDOPTS", "PYTEST_XDIST"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath, env=env | {ALONE: "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode != 0 or "1 passed" not in done.stdout:
+        pytest.fail(
+            f"in a process of its own, which ended with {done.returncode}:\n"
+            f"{done.stdout}\n{done.stderr}",
+            pytrace=False,
+        )
+    return True
 
 
 class HelperFinder(importlib.abc.MetaPathFinder):
@@ -80,6 +109,13 @@ def oracle() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def interpreter_problem() -> str:
+    """Why Triton's interpreter runs no kernel here, or an empty string."""
+    numpy = tuple(int(part) for part in importlib.metadata.version("numpy").split(".")[:2])
+    return "" if numpy < (2, 4) else "Triton's interpreter fails with numpy 2.4"
+
+
+@pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
     """Run code in a new process, without a GPU or Triton's interpreter; give what it prints."""
 
@@ -98,10 +134,13 @@ def run_python() -> Callable[..., str]:
 
 @pytest.fixture(autouse=True)
 def fresh_plans() -> None:
-    """No plan of another test, which may have replaced what it was made from."""
+    """No plan or decision of another test, which may have replaced what it was made from."""
     launch = sys.modules.get("fastlora.kernels.launch")
     if launch is not None:
         launch.clear_plans()
+    functional = sys.modules.get("fastlora.functional")
+    if functional is not None:
+        functional._known_fused.clear()
 
 
 @pytest.fixture(autouse=True)

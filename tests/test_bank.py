@@ -722,6 +722,7 @@ def test_random_traffic_with_broken_files_threads_and_cancelled_loads(shelf):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_a_captured_graph_replays_with_other_adapters_in_the_slots():
     bank, truths = bank_of(6, slots=2, device="cuda")
     x, weight = torch.randn(4, 8, device="cuda"), torch.randn(6, 8, device="cuda")

@@ -141,8 +141,8 @@ def test_graph_sample_is_gpu_time_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
     clock = CudaClock(torch.device("cuda", 0))
     captured = clock.capture(call, 4)
-    assert streams == ["side"] * 3 + ["capture"] * 4
-    assert sets[3:] == [3, 2, 1, 0]
+    assert streams == ["side"] * 4 + ["capture"] * 4
+    assert sets == [0, 1, 2, 3, 3, 2, 1, 0]  # no set is met for the first time in the capture
     assert captured.output == ("output", 0)  # of the first set, which the reference was made for
     assert captured.calls == 4
     fake.log.clear()
@@ -156,6 +156,18 @@ def test_failed_capture_restores_the_stream(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(CaptureError, match="not permitted"):
         CudaClock(torch.device("cuda", 0)).capture(lambda i: fake.work(1.0), 2)
     assert fake.stream_now == "default"
+
+
+def test_failed_capture_names_what_failed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = fake_cuda(monkeypatch)
+    fake.fail_capture = True  # its end raises too
+
+    def reads_ids(i: int) -> None:
+        if fake.stream_now == "capture":
+            raise ValueError(f"set {i} syncs")
+
+    with pytest.raises(CaptureError, match=r"set 1 syncs, in test_bench_core.py:\d+ reads_ids$"):
+        CudaClock(torch.device("cuda", 0)).capture(reads_ids, 2)
 
 
 def test_peak_is_what_one_call_adds(monkeypatch: pytest.MonkeyPatch) -> None:

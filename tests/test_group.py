@@ -205,7 +205,7 @@ def test_the_seed_is_drawn_once(device):
 
 def test_x_is_read_once_and_one_mask_is_kept(device, monkeypatch):
     calls = []
-    for name in ("lora_shrink", "lora_grad_a", "lora_grad_x"):
+    for name in ("lora_shrink", "lora_grad_a", "lora_grad_ab", "lora_grad_x"):
         kernel = getattr(autograd_group, name)
         monkeypatch.setattr(
             autograd_group,
@@ -224,7 +224,7 @@ def test_x_is_read_once_and_one_mask_is_kept(device, monkeypatch):
         run(fastlora.lora_linear_group, x, tensors, dys, dropout_p=0.5)
     assert len(masks) == 1
     reads = [name for name, t in calls if t.data_ptr() == x.data_ptr()]
-    assert reads == ["lora_shrink", "lora_grad_a"]  # s of all three, dA of all three
+    assert reads == ["lora_shrink", "lora_grad_ab"]  # s of all three, dA of all three
     assert [name for name, _ in calls].count("lora_grad_x") == 1
 
 
@@ -384,6 +384,21 @@ def test_torch_func_grad(device):
     with dispatch.force("eager"):
         expected = torch.func.grad(loss, argnums=(0, 1))(x, tensors["lora_As"])
     torch.testing.assert_close((dx, das), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_signature_is_checked_once(device, monkeypatch):
+    x, tensors, _ = make_group(9, 16, *QKV, F32, device, bias=(1,))
+    first = fastlora.lora_linear_group(x, **tensors, scaling=2.0)
+    monkeypatch.setattr("fastlora.group.check_tensors", None)
+    again = fastlora.lora_linear_group(x, **tensors, scaling=(2.0, 2.0, 2.0))
+    for y, z in zip(first, again, strict=True):
+        assert torch.equal(y, z)
+    with pytest.raises(ValueError, match="scaling must have one entry for each of 3"):
+        fastlora.lora_linear_group(x, **tensors, scaling=[2.0])
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        fastlora.lora_linear_group(x[:8], **tensors)
+    with dispatch.force("eager"), pytest.raises(TypeError, match="not callable"):
+        fastlora.lora_linear_group(x, **tensors)
 
 
 def arguments(device, **changes):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import struct
 import types
 
 import pytest
 import torch
 
 launching = pytest.importorskip("fastlora.kernels.launch", reason="needs Triton")
+direct = pytest.importorskip("fastlora.kernels.direct")
 DEVICE = torch.device("cuda", 0)  # named only: nothing is launched
 
 
@@ -33,8 +36,8 @@ class FakeKernel:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+    monkeypatch.setattr(launching, "_current_device", lambda: 0)
+    monkeypatch.setattr(launching, "_current_stream", lambda index: 77)
     return FakeKernel()
 
 
@@ -55,19 +58,19 @@ def test_second_launch_is_direct_and_in_the_kernels_order(kernel):
     assert args[0] is X
     assert args[1:] == (2.0, 8)
     assert options == {"BLOCK": 64, "num_warps": 4, "FLAG": True}
-    (direct,) = kernel.direct
-    assert direct[:9] == (5, 2, 1, 77, "function", "packed", None, None, None)
-    assert direct[9] is y
-    assert direct[10:] == (3.0, 8, True, 64)
+    (passed,) = kernel.direct
+    assert passed[:9] == (5, 2, 1, 77, "function", "packed", None, None, None)
+    assert passed[9] is y
+    assert passed[10:] == (3.0, 8, True, 64)
 
 
 def test_another_shape_of_the_same_kind_is_direct_at_once(kernel):
     plan(kernel, size=32)(X, 2.0)
     plan(kernel, size=48, grid=(7,))(X, 2.0)
     assert len(kernel.analysed) == 1
-    (direct,) = kernel.direct
-    assert direct[0] == 7
-    assert direct[10:] == (2.0, 48, True, 64)
+    (passed,) = kernel.direct
+    assert passed[0] == 7
+    assert passed[10:] == (2.0, 48, True, 64)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_another_device_is_made_current(kernel, monkeypatch):
         def __exit__(self, *_):
             current[0] = self.before
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(launching, "_current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", Switch)
     plan(kernel)(X, 2.0)
     assert len(kernel.analysed) == 1
@@ -170,3 +173,149 @@ def test_descriptor_equals_tritons_own():
     # Read as the launcher reads them: a field that a newer Triton adds has its default on the class.
     names = [field.name for field in dataclasses.fields(theirs) if field.name != "base"]
     assert {n: getattr(ours, n) for n in names} == {n: getattr(theirs, n) for n in names}
+
+
+class FakeDriver:
+    """The driver as `DirectLaunch` sees it: it notes what a launch would read."""
+
+    def __init__(self, layout):
+        self.layout, self.launches, self.maps, self.codes = layout, [], 0, []
+
+    def cuFuncGetParamInfo(self, function, index, offset, size):
+        if index >= len(self.layout):
+            return 1
+        offset._obj.value, size._obj.value = self.layout[index]
+        return 0
+
+    def cuTensorMapEncodeTiled(self, out, *_):
+        self.maps += 1
+        ctypes.memset(out, self.maps, 128)
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        code = self.codes.pop(0) if self.codes else 0
+        if code:
+            return code
+        config = direct._Config.from_address(config)
+        addresses = (ctypes.c_void_p * len(self.layout)).from_address(parameters)
+        values = [
+            ctypes.string_at(a, size) for a, (_, size) in zip(addresses, self.layout, strict=True)
+        ]
+        self.launches.append(
+            (
+                tuple(config.grid),
+                tuple(config.block),
+                config.shared,
+                config.stream,
+                config.count,
+                values,
+            )
+        )
+        return 0
+
+    def cuGetErrorString(self, code, text):
+        text._obj.value = b"planted"
+
+
+# A descriptor, two pointers, a float, an int, two sizes of the plan, and Triton's two.
+SIGNATURE = {
+    "x_desc": "tensordesc<bf16[128, 64]>", "y_ptr": "*bf16", "none_ptr": "constexpr", "s_ptr": "*fp32",
+    "factor": "fp32", "threshold": "i32", "M": "i32", "K": "i64", "one": "constexpr", "BLOCK": "constexpr",
+}  # fmt: skip
+LAYOUT = [
+    (0, 128), (128, 4), (132, 4), (136, 8), (144, 8),
+    (152, 8), (160, 8), (168, 4), (172, 4), (176, 4), (184, 8), (192, 8), (200, 8),
+]  # fmt: skip
+
+
+def compiled(**metadata):
+    defaults = {
+        "num_warps": 8, "num_ctas": 1, "shared": 1000, "launch_pdl": True,
+        "tensordesc_meta": [{"swizzle": 3, "block_size": [128, 64]}],
+    }  # fmt: skip
+    return types.SimpleNamespace(
+        function=5,
+        src=types.SimpleNamespace(signature=SIGNATURE),
+        metadata=types.SimpleNamespace(**{**defaults, **metadata}),
+    )
+
+
+def direct_of(monkeypatch, made=None, layout=LAYOUT):
+    driver = FakeDriver(layout)
+    monkeypatch.setattr(direct, "_driver", lambda: driver)
+    made = compiled() if made is None else made
+    return driver, direct.direct_launch(made, (7, 2, 1), (300, 2**33, 1), 6)
+
+
+def arguments(x, y, s, factor=0.5, threshold=9):
+    args = (x, y, None, s, factor, threshold)
+    return args, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def test_a_direct_launch_packs_what_the_kernel_expects(monkeypatch):
+    driver, launch = direct_of(monkeypatch)
+    x, y, s = torch.empty(40, 64, dtype=torch.bfloat16), torch.empty(3), torch.empty(4)
+    launch(99, *arguments(x, y, s))
+    launch(98, *arguments(x, s, y, 0.25, 8))
+    first, second = driver.launches
+    assert first[:5] == ((7, 2, 1), (256, 1, 1), 1000, 99, 1)
+    assert second[3] == 98
+    values = first[5]
+    assert values[0] == b"\x01" * 128
+    assert [int.from_bytes(v, "little") for v in values[1:5]] == [40, 64, 64, 1]
+    pointers = [int.from_bytes(v, "little") for v in values[5:7]]
+    assert pointers == [y.data_ptr(), s.data_ptr()]
+    assert struct.unpack("<f", values[7]) == (0.5,)
+    assert [int.from_bytes(v, "little") for v in values[8:]] == [9, 300, 2**33, 0, 0]
+    assert [int.from_bytes(v, "little") for v in second[5][5:7]] == pointers[::-1]
+    assert driver.maps == 1, "the map of the same tensor is made once"
+
+
+def test_a_tensor_map_is_made_for_each_address_and_row_stride(monkeypatch):
+    driver, launch = direct_of(monkeypatch)
+    base, y = torch.empty(80, 128, dtype=torch.bfloat16), torch.empty(3)
+    for x in (base[:40, :64], base[40:, :64], base[:40, :64], base.view(160, 64)[:40]):
+        launch(1, *arguments(x, y, y))
+    assert driver.maps == 3
+    assert [int.from_bytes(v[5][3], "little") for v in driver.launches] == [128, 128, 128, 64]
+
+
+def test_a_thread_without_a_context_gets_one(monkeypatch):
+    driver, launch = direct_of(monkeypatch)
+    made_current = []
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made_current.append, raising=False)
+    driver.codes = [direct._INVALID_CONTEXT]
+    x, y = torch.empty(40, 64, dtype=torch.bfloat16), torch.empty(3)
+    launch(1, *arguments(x, y, y))
+    assert made_current == [3]
+    assert len(driver.launches) == 1
+    driver.codes = [719]
+    with pytest.raises(RuntimeError, match="launching a kernel failed: CUDA error 719: planted"):
+        launch(1, *arguments(x, y, y))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "layout"),
+    [
+        pytest.param({"num_ctas": 2}, LAYOUT, id="cluster"),
+        pytest.param({"launch_cooperative_grid": True}, LAYOUT, id="cooperative"),
+        pytest.param({"global_scratch_size": 64}, LAYOUT, id="scratch"),
+        pytest.param({"tensordesc_meta": None}, LAYOUT, id="no-descriptor"),
+        pytest.param({}, LAYOUT[:-3], id="parameter-missing"),
+        pytest.param({}, [*LAYOUT, (208, 8)], id="parameter-unknown"),
+        pytest.param({}, [*LAYOUT[:-1], (200, 4)], id="size-unknown"),
+        pytest.param({}, [*LAYOUT[:9], (176, 8), *LAYOUT[10:]], id="size-differs"),
+        pytest.param({}, [(0, 128), (128, 8), *LAYOUT[2:]], id="descriptor-differs"),
+        pytest.param(
+            {}, [LAYOUT[0], (136, 4), (140, 4), (144, 8), (152, 8), *LAYOUT[5:]], id="gap"
+        ),
+    ],
+)
+def test_what_is_not_as_expected_goes_through_triton(monkeypatch, metadata, layout):
+    assert direct_of(monkeypatch, compiled(**metadata), layout)[1] is None
+
+
+def test_without_a_driver_nothing_is_direct(monkeypatch):
+    monkeypatch.setattr(direct, "_driver", lambda: None)
+    assert direct.direct_launch(compiled(), (1, 1, 1), (300, 2**33, 1), 6) is None

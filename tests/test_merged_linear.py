@@ -93,7 +93,8 @@ def compare(values, dy, options, oracle, dtype, scaling=1.5, **fused_options):
     got = run(lora_merged_linear, values, dy, scaling=scaling, **options, **fused_options)
     for name in truth:
         assert got[name].dtype == (dy if name == "y" else values[name]).dtype
-        oracle.assert_close(got[name], baseline[name], truth[name], dtype, name)
+        depth = oracle.depth_of(name, values["x"], dy)
+        oracle.assert_close(got[name], baseline[name], truth[name], dtype, name, depth)
     return got
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import gc
 import math
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,28 +130,37 @@ class CudaClock(Clock):
         )
 
     def capture(self, call: Call, calls: int) -> Captured:
-        """On a side stream, after a warm-up there, with the inputs of set 0 last."""
+        """After all of its calls on a side stream, as each set may load or cache something of its own.
+
+        The inputs of set 0 come last.
+        """
         gc.collect()  # a dead cycle that holds an autograd graph would tie the capture to its stream
         current = torch.cuda.current_stream()
         stream: Any = torch.cuda.Stream  # without annotations in some versions
         side = stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            for i in range(min(calls, WARM_UP)):
+            for i in range(calls):
                 call(i)
         current.wait_stream(side)
         self.synchronize()
         graph: Any = torch.cuda.CUDAGraph()
         output: object = None
+        reason = ""
         try:
             with torch.cuda.graph(graph):
-                for i in reversed(range(calls)):
-                    output = None  # its memory serves the next call
-                    output = call(i)
+                try:
+                    for i in reversed(range(calls)):
+                        output = None  # its memory serves the next call
+                        output = call(i)
+                except Exception as error:
+                    # To end the capture will fail too, with an error that only says that one came before.
+                    reason = f"{first_line(error)}, in {place(error)}"
+                    raise
         except Exception as error:
             # torch.cuda.graph does not restore the stream when its capture fails.
             torch.cuda.set_stream(current)
-            raise CaptureError(f"no CUDA graph: {first_line(error)}") from error
+            raise CaptureError(f"no CUDA graph: {reason or first_line(error)}") from error
         graph.replay()
         self.synchronize()
         return Captured(graph.replay, calls, output)
@@ -236,6 +247,12 @@ def first_line(error: BaseException) -> str:
     """Kind and first line of an error."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}"[:300]
+
+
+def place(error: BaseException) -> str:
+    """The file, line and function that raised an error."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
 
 
 def calls_for(ms: float, most: int, multiple: int = 1) -> int:

@@ -226,7 +226,10 @@ class Runner:
         self.clock.forget() if self.clock.healthy() else self._restart(results)
 
     def _restart(self, results: list[Result]) -> None:
-        raise RestartError(results[0].message if results else "the device does not work any more")
+        if not results:
+            raise RestartError("the device does not work any more")
+        r = results[0]
+        raise RestartError(f"{r.case}, {r.mode}, {r.schedule}: {r.label}: {r.message}")
 
     def _time_block(
         self, case: Case, workload: Workload, block: tuple[str, str], contenders: list[Contender]

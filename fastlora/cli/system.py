@@ -66,7 +66,12 @@ CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_ev
 
 
 def read_clocks(device: torch.device) -> dict[str, str]:
-    """Clocks, temperature, power, and the reasons for which the GPU holds its clock back, as they are now."""
+    """Clocks, temperature, power, and the reasons for which the GPU holds its clock back, as they are now.
+
+    Nothing for a CPU, whatever GPU is beside it.
+    """
+    if device.type != "cuda":
+        return {}
     return query_gpu(CLOCKS, device) or query_gpu(CLOCKS[:-1], device)
 
 

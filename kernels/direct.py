@@ -1,0 +1,262 @@
+"""A compiled kernel launched through the CUDA driver, its parameters packed in place.
+
+Triton's launcher asks the driver about every pointer and encodes every tensor map again at each call: half
+of the host time of a small layer. Here what a shape fixes is packed once, tensor maps are kept by address,
+and a launch writes its pointers and calls the driver. What is not exactly as expected goes through Triton.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import struct
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INVALID_CONTEXT = 201
+_PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_L2_PROMOTION_128B = 2
+_MAP_BYTES, _MAX_MAPS = 128, 512
+_SCALARS = {"fp32": ("f", 4), "i32": ("i", 4), "i64": ("q", 8)}
+_TMA_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, with the one value that is used."""
+
+    _fields_ = (
+        ("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )  # fmt: skip
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+@functools.cache
+def _driver() -> Any:
+    """The CUDA driver, or ``None`` where it is older than what this needs (12.4)."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        cuda.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+        cuda.cuFuncGetParamInfo.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            *[ctypes.c_void_p] * 2,
+        ]
+        cuda.cuTensorMapEncodeTiled.argtypes = [
+            ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4
+        ]  # fmt: skip
+    except (OSError, AttributeError):
+        return None
+    return cuda
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"{what} failed: CUDA error {code}: {(text.value or b'?').decode()}")
+
+
+def _parameters(function: int) -> list[tuple[int, int]]:
+    """Offset and size of each parameter of a kernel, as the driver knows them."""
+    found: list[tuple[int, int]] = []
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+    while not _driver().cuFuncGetParamInfo(
+        function, len(found), ctypes.byref(offset), ctypes.byref(size)
+    ):
+        found.append((offset.value, size.value))
+    return found
+
+
+def _expected(types: list[str], arguments: int) -> list[tuple[int, str, int]] | None:
+    """Position, kind and size of each parameter that a signature has; ``None``: one is unknown.
+
+    Kinds are formats of `struct`, ``map`` for a tensor map, and ``in map`` for the shape and strides
+    that follow it.
+    """
+    expected: list[tuple[int, str, int]] = []
+    for position, kind in enumerate(types):
+        if kind == "constexpr":
+            continue
+        if kind.startswith("tensordesc") and position < arguments:
+            if not re.fullmatch(r"tensordesc<\w+\[\d+, ?\d+\]?.*>", kind):
+                return None
+            expected.append((position, "map", _MAP_BYTES))
+            expected += [(position, "in map", size) for size in (4, 4, 8, 8)]
+        elif kind.startswith("*") and position < arguments:
+            expected.append((position, "Q", 8))
+        elif kind in _SCALARS:
+            expected.append((position, *_SCALARS[kind]))
+        else:
+            return None
+    return expected
+
+
+class DirectLaunch:
+    """One compiled kernel with a grid and sizes; use `direct_launch` to make it."""
+
+    __slots__ = (
+        "_buffer", "_config", "_config_address", "_function", "_held", "_lock", "_maps", "_meta", "_offset",
+        "_pack", "_pointers", "_taken",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        made: Any,
+        grid: tuple[int, ...],
+        sizes: tuple[int, ...],
+        arguments: int,
+        expected: list[tuple[int, str, int]],
+        layout: list[tuple[int, int]],
+    ) -> None:
+        """Pack what all launches share."""
+        end = sum(layout[-1])
+        raw = ctypes.create_string_buffer(end + _MAP_BYTES)
+        start = -ctypes.addressof(raw) % _MAP_BYTES  # a tensor map is aligned
+        self._buffer = memoryview(raw).cast("B")[start : start + end]
+        base = ctypes.addressof(raw) + start
+        pointers = (ctypes.c_void_p * len(layout))(*(base + offset for offset, _ in layout))
+        scalars: list[tuple[int, str, int]] = []  # offset, format, position
+        self._maps: list[tuple[int, int, int, dict[tuple[int, int], bytes]]] = []
+        for (position, kind, _), (offset, _) in zip(expected, layout, strict=False):
+            if kind == "map":
+                self._maps.append((position, offset, len(self._maps), {}))
+            elif kind != "in map" and position < arguments:
+                scalars.append((offset, kind, position))
+            elif kind != "in map":
+                struct.pack_into(f"<{kind}", self._buffer, offset, sizes[position - arguments])
+        # One run of bytes, which the padding between its values may overwrite.
+        self._offset, text, at = (scalars[0][0] if scalars else 0), "<", None
+        for offset, kind, _ in scalars:
+            text += f"{offset - at}x" if at is not None and offset > at else ""
+            text, at = text + kind, offset + struct.calcsize(f"<{kind}")
+        self._pack = struct.Struct(text).pack_into
+        self._taken = tuple(position for _, _, position in scalars)
+        self._meta = [(m["swizzle"], tuple(m["block_size"])) for m in _descriptors(made)]
+        metadata = made.metadata
+        attribute = _Attribute(_PDL, 0, 1)
+        config = _Config(
+            grid, (32 * metadata.num_warps, 1, 1), metadata.shared, None,
+            ctypes.addressof(attribute), 1 if metadata.launch_pdl else 0,
+        )  # fmt: skip
+        self._config, self._config_address = config, ctypes.addressof(config)
+        self._function, self._pointers = made.function, ctypes.addressof(pointers)
+        self._held = (raw, pointers, attribute, made)  # what the addresses above point into
+        self._lock = threading.Lock()
+
+    def __call__(self, stream: int, args: tuple[Any, ...], values: list[Any]) -> None:
+        """Launch.
+
+        Args:
+            stream (int): the stream's handle.
+            args (tuple): the leading arguments; tensors stand for their descriptors.
+            values (list): the same as numbers: addresses, floats, ints; ``None`` where there is none.
+        """
+        with self._lock:  # a second thread would overwrite the parameters before they are read
+            for position, offset, index, known in self._maps:
+                t = args[position]
+                key = (values[position], t.stride(0))
+                blob = known.get(key)
+                if blob is None:
+                    blob = self._encode(t, index)
+                    if len(known) >= _MAX_MAPS:
+                        known.clear()
+                    known[key] = blob
+                self._buffer[offset : offset + len(blob)] = blob
+            self._pack(self._buffer, self._offset, *[values[i] for i in self._taken])
+            self._config.stream = stream
+            code = _launch_kernel(self._config_address, self._function, self._pointers, None)
+            if code == _INVALID_CONTEXT:  # a thread that has not used the GPU yet
+                torch._C._cuda_setDevice(torch._C._cuda_getDevice())
+                code = _launch_kernel(self._config_address, self._function, self._pointers, None)
+        if code:
+            _check(code, "launching a kernel")
+
+    def _encode(self, t: Tensor, index: int) -> bytes:
+        """The tensor map of a matrix, and the shape and strides that Triton puts behind it."""
+        swizzle, block = self._meta[index]
+        (rows, columns), (stride, _) = t.shape, t.stride()
+        itemsize = t.element_size()
+        raw = ctypes.create_string_buffer(2 * _MAP_BYTES)
+        start = -ctypes.addressof(raw) % _MAP_BYTES
+        code = _driver().cuTensorMapEncodeTiled(
+            ctypes.addressof(raw) + start, _TMA_TYPES[t.dtype], 2, t.data_ptr(),
+            (ctypes.c_uint64 * 2)(columns, rows),
+            (ctypes.c_uint64 * 2)(stride * itemsize, rows * stride * itemsize),
+            (ctypes.c_uint32 * 2)(block[1], block[0]),
+            (ctypes.c_uint32 * 2)(1, 1),
+            0, swizzle, _L2_PROMOTION_128B, 0,
+        )  # fmt: skip
+        _check(code, f"a tensor map of {tuple(t.shape)}, row stride {stride}, tile {block},")
+        tensor_map = raw.raw[start : start + _MAP_BYTES]
+        return tensor_map + struct.pack("<iiqq", rows, columns, stride, 1)
+
+
+def _descriptors(made: Any) -> list[dict[str, Any]]:
+    return getattr(made.metadata, "tensordesc_meta", None) or []
+
+
+def _launch_kernel(*args: Any) -> int:
+    code: int = _driver().cuLaunchKernelEx(*args)
+    return code
+
+
+def direct_launch(
+    made: Any, grid: tuple[int, ...], sizes: tuple[int, ...], arguments: int
+) -> DirectLaunch | None:
+    """A direct launch of a compiled kernel, or ``None`` where anything about it is not as expected.
+
+    Args:
+        made: Triton's compiled kernel.
+        grid (tuple[int, ...]): programs in each of three dimensions.
+        sizes (tuple[int, ...]): the kernel's integers that every launch shares.
+        arguments (int): how many arguments come before them.
+
+    Returns:
+        DirectLaunch | None: to be called with a stream and the leading arguments.
+    """
+    metadata: Any = getattr(made, "metadata", None)
+    source: Any = getattr(made, "src", None)
+    if metadata is None or not hasattr(source, "signature") or _driver() is None:
+        return None
+    if (
+        getattr(metadata, "num_ctas", 1) != 1
+        or getattr(metadata, "launch_cooperative_grid", False)
+        or getattr(metadata, "global_scratch_size", 0)
+        or getattr(metadata, "profile_scratch_size", 0)
+    ):
+        return None
+    types = list(source.signature.values())
+    if not all(isinstance(kind, str) for kind in types):
+        return None
+    expected = _expected(types, arguments)
+    layout = _parameters(made.function)
+    if not expected or not 0 <= len(layout) - len(expected) <= 2:
+        return None  # behind a kernel's own parameters are at most two of Triton's, both null here
+    if any(size != found for (_, _, size), (_, found) in zip(expected, layout, strict=False)):
+        return None
+    if any(found != 8 for _, found in layout[len(expected) :]):
+        return None
+    maps = [i for i, (_, kind, _) in enumerate(expected) if "map" in kind]
+    tensor_maps = sum(kind == "map" for _, kind, _ in expected)
+    leading = [i for i, (p, kind, _) in enumerate(expected) if p < arguments and "map" not in kind]
+    if len(_descriptors(made)) != tensor_maps or (maps and leading and maps[-1] > leading[0]):
+        return None
+    for i in maps:  # shape and strides lie behind the map without a gap
+        if expected[i][1] == "map" and [o - layout[i][0] for o, _ in layout[i : i + 5]] != [
+            0, 128, 132, 136, 144
+        ]:  # fmt: skip
+            return None
+    return DirectLaunch(made, grid, sizes, arguments, expected, layout)

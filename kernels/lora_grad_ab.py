@@ -1,0 +1,142 @@
+"""``dA = ds^T dropout(x)`` and ``dB = dy^T s`` in one launch, made to run beside the GEMM of dx."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import device_properties, dot, dot_precision, has_pdl, let_next_kernel_start, strides
+from .config import cdiv, grad_ab_config, rank_block
+from .dropout import load_bits, unpack_bits
+from .launch import Launch, cached_plan
+
+
+@triton.jit
+def _sum_over_rows(
+    x_ptr, ds_ptr, mask_ptr, out_ptr, start_k,
+    M, K, R, stride_xm, stride_xk, stride_dsm, stride_or, stride_ok,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``out[r, k] = sum_m ds[m, r] keep[m, k] x[m, k]`` for BLOCK_C columns from ``start_k`` on.
+
+    The masked operand is the right one, which a tensor core reads from shared memory: the ptxas hazard
+    (triton#9433) does not arise. Bits are loaded a step ahead; what a pipelined loop loads by bytes stalls.
+    """
+    offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_C)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    if HAS_DROPOUT:
+        bits = load_bits(mask_ptr, tl.arange(0, BLOCK_M), start_k, M, K, BLOCK_C)
+    for m in range(0, M, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
+        x = tl.load(
+            x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
+            mask=(offs_m[:, None] < M) & (offs_k[None, :] < K),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_C]
+        ds = tl.load(
+            ds_ptr + offs_m[None, :] * stride_dsm + offs_r[:, None],
+            mask=(offs_m[None, :] < M) & (offs_r[:, None] < R),
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_M]
+        if HAS_DROPOUT:
+            keep = unpack_bits(bits, BLOCK_M, BLOCK_C)
+            bits = load_bits(mask_ptr, offs_m + BLOCK_M, start_k, M, K, BLOCK_C)
+            x = tl.where(keep, x, 0.0)
+        acc = dot(ds, x, acc, PRECISION)  # [BLOCK_R, BLOCK_C]
+    tl.store(
+        out_ptr + offs_r[:, None].to(tl.int64) * stride_or + offs_k[None, :] * stride_ok,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(offs_r[:, None] < R) & (offs_k[None, :] < K),
+    )
+
+
+@triton.jit
+def _lora_grad_ab_kernel(
+    x_ptr, ds_ptr, mask_ptr, da_ptr, dy_ptr, s_ptr, db_ptr,
+    M, K, N, R, blocks_a, stride_xm, stride_xk, stride_dsm, stride_dym, stride_dyn, stride_sm,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``dA [R, K] = ds^T (mask * x)`` and ``dB [N, R] = dy^T s``.
+
+    Grid: a program for every BLOCK_C columns of x, then of dy; each goes over all rows.
+    """
+    let_next_kernel_start(PDL)
+    block = tl.program_id(0)
+    if block < blocks_a:
+        _sum_over_rows(
+            x_ptr, ds_ptr, mask_ptr, da_ptr, block * BLOCK_C,
+            M, K, R, stride_xm, stride_xk, stride_dsm, K, 1,
+            HAS_DROPOUT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+        )  # fmt: skip
+    else:
+        _sum_over_rows(
+            dy_ptr, s_ptr, mask_ptr, db_ptr, (block - blocks_a) * BLOCK_C,
+            M, N, R, stride_dym, stride_dyn, stride_sm, 1, R,
+            False, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+        )  # fmt: skip
+
+
+@cached_plan
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    R: int,
+    ds_stride: int,
+    dy_shape: tuple[int, ...],
+    dy_stride: tuple[int, ...],
+    s_stride: int,
+    device: torch.device,
+    has_dropout: bool,
+    precision: str,
+) -> Launch:
+    (M, K), N, num_sms = shape, dy_shape[1], device_properties(device)[1]
+    c = grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision, has_dropout)
+    blocks_a = cdiv(K, c.BLOCK_C)
+    return Launch(
+        _lora_grad_ab_kernel, (blocks_a + cdiv(N, c.BLOCK_C),), device,
+        M, K, N, R, blocks_a, *strides(shape, stride), ds_stride, *strides(dy_shape, dy_stride), s_stride,
+        HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=has_pdl(device),
+        BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
+def lora_grad_ab(
+    x: Tensor,
+    ds: Tensor,
+    mask: Tensor | None,
+    dy: Tensor,
+    s: Tensor,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """``dA = ds^T (mask * x)`` and ``dB = dy^T s``; the GEMM launched next may run beside it.
+
+    Args:
+        x (Tensor): ``[M, K]``, any strides.
+        ds (Tensor): ``[M, R]``, rows dense, in the dtype of x, with scaling and 1 / (1 - p) in it.
+        mask (Tensor | None): packed keep mask of `lora_shrink`, or ``None``.
+        dy (Tensor): ``[M, N]``, any strides, in the dtype of x.
+        s (Tensor): ``[M, R]``, rows dense, in the dtype of x, with scaling in it.
+        a_dtype (torch.dtype): dtype of dA.
+        b_dtype (torch.dtype): dtype of dB.
+
+    Returns:
+        tuple: dA ``[R, K]`` and dB ``[N, R]``, contiguous. A program sums all rows in order:
+        bit-identical from run to run.
+    """
+    (_, K), (_, N), R = x.shape, dy.shape, ds.shape[1]
+    launch = _plan(
+        x.shape, x.stride(), x.dtype, R, ds.stride(0), dy.shape, dy.stride(), s.stride(0), x.device,
+        mask is not None, dot_precision(x.dtype),
+    )  # fmt: skip
+    da = torch.empty((R, K), dtype=a_dtype, device=x.device)
+    db = torch.empty((N, R), dtype=b_dtype, device=x.device)
+    launch(x, ds, mask, da, dy, s, db)
+    return da, db
