@@ -63,31 +63,10 @@ def _(
     schema="(Tensor? x, Tensor? mask, Tensor? s, Tensor scaling, float dropout_p, SymInt[] starts, "
     "bool need_x, bool[] need_as, bool[] need_bs, Tensor[] tensors) -> Tensor[]",
 )
-def lora_linear_group_backward(
-    x: Tensor | None,
-    mask: Tensor | None,
-    s: Tensor | None,
-    scaling: Tensor,
-    dropout_p: float,
-    starts: list[int],
-    need_x: bool,
-    need_as: list[bool],
-    need_bs: list[bool],
-    tensors: list[Tensor],
-) -> list[Tensor]:
+def lora_linear_group_backward(x: Any, *args: Any) -> list[Tensor]:
     """`fused_backward`, with an empty tensor for a gradient that is not needed."""
-    grads = fused_backward(
-        x,
-        mask,
-        s,
-        scaling,
-        dropout_p,
-        starts,
-        need_x,
-        need_as,
-        need_bs,
-        *tensors,  # type: ignore[arg-type]
-    )
+    *shared, tensors = args
+    grads = fused_backward(x, *shared, *tensors)
     # dB comes transposed.
     return [or_empty(None if g is None else g.contiguous(), tensors[0]) for g in grads]
 
