@@ -11,6 +11,7 @@ from fastlora import reference
 from fastlora.kernels.config import cdiv, dropout_threshold, keep_scale
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
+from fastlora.kernels.lora_grad_ab import lora_grad_ab
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.kernels.lora_grad_x import lora_grad_x
 from fastlora.kernels.lora_shrink import lora_shrink
@@ -245,6 +246,39 @@ def test_grad_a(device, dtype, M, K, N, R, p):
     for out in {dtype, torch.float32}:
         da = lora_grad_a(x, ds, pack(keep) if p else None, out)
         assert_rounded(da, expected, out, depth=M)
+
+
+@EACH_SHAPE
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_grad_ab(device, variant, dtype, M, K, N, R, p):
+    x, ds = randn(device, dtype, M, K), randn(device, dtype, M, R)
+    dy, s = randn(device, dtype, M, N), randn(device, dtype, M, R)
+    keep = reference.dropout_keep_mask(9, M, K, p, device)
+    mask = pack(keep) if p else None
+    expected_a = ds.double().t() @ (x.double() * keep)
+    expected_b = dy.double().t() @ s.double()
+    for a_dtype, b_dtype in {(dtype, torch.float32), (torch.float32, dtype)}:
+        da, db = lora_grad_ab(x, ds, mask, dy, s, a_dtype, b_dtype)
+        assert_rounded(da, expected_a, a_dtype, depth=M)
+        assert_rounded(db, expected_b, b_dtype, depth=M)
+    # Any strides, and the same bits from run to run.
+    turned = x.t().contiguous().t(), dy.repeat_interleave(2, 1)[:, ::2]
+    da, db = lora_grad_ab(turned[0], ds, mask, turned[1], s, a_dtype, b_dtype)
+    assert_rounded(da, expected_a, a_dtype, depth=M)
+    assert_rounded(db, expected_b, b_dtype, depth=M)
+    again = lora_grad_ab(turned[0], ds, mask, turned[1], s, a_dtype, b_dtype)
+    assert torch.equal(da, again[0]) and torch.equal(db, again[1])
+
+
+@EACH_SHAPE
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_grad_x_beside_another_kernel(device, variant, dtype, M, K, N, R, p):
+    x, dy, ds = randn(device, dtype, M, K), randn(device, dtype, M, N), randn(device, dtype, M, R)
+    w, a = randn(device, dtype, N, K), randn(device, dtype, R, K)
+    mask = pack(reference.dropout_keep_mask(9, M, K, p, device)) if p else None
+    lora_grad_ab(x, ds, mask, dy, ds, dtype, dtype)
+    dx = lora_grad_x(dy, w, ds, a, mask, beside=True)
+    assert_rounded(dx, lora_grad_x(dy, w, ds, a, mask).double(), dtype, depth=N + R)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])
