@@ -9,6 +9,7 @@ from fastlora.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from fastlora.dora import dora_linear
 from fastlora.embedding import explain_embedding, lora_embedding
 from fastlora.functional import explain, lora_linear
+from fastlora.group import explain_group, lora_linear_group
 from fastlora.injection import InjectionReport, inject
 from fastlora.integrations.peft import AccelerationReport, accelerate, restore
 from fastlora.layers import LoRAEmbedding
@@ -41,11 +42,13 @@ __all__ = [
     "dora_linear",
     "explain",
     "explain_embedding",
+    "explain_group",
     "inject",
     "load_adapter",
     "load_lora_state_dict",
     "lora_embedding",
     "lora_linear",
+    "lora_linear_group",
     "lora_linear_multi",
     "lora_merged_linear",
     "lora_state_dict",

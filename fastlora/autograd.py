@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
+from fastlora.kernels.common import for_tma
 from fastlora.kernels.config import dropout_threshold, keep_scale
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
@@ -49,6 +50,10 @@ def fused_forward(
     """
     factor = _factor(scaling, scaling_tensor, x.device)
     N = weight.shape[0]
+    if (
+        lora_B.dtype != x.dtype
+    ):  # before s is made: the product begins beside the kernel that makes it
+        lora_B = for_tma(lora_B, x.dtype)
     s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed, product_columns=N)
     return lora_forward(x, weight, s, lora_B, bias), s, mask
 
@@ -79,7 +84,12 @@ def fused_backward(
     factor = _factor(scaling, scaling_tensor, dy.device)
     if need_x and need_a and need_b:  # dA and dB are made beside dx
         made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
-        grads = lora_grad_ab(x, made, mask, dy, s, lora_A.dtype, lora_B.dtype)
+        a_dtype = lora_A.dtype
+        if (
+            mask is None
+        ):  # a copy for TMA must not come between the two kernels that run side by side
+            lora_A = for_tma(lora_A, dy.dtype)
+        grads = lora_grad_ab(x, made, mask, dy, s, a_dtype, lora_B.dtype)
         return lora_grad_x(dy, weight, made, lora_A, mask, beside=True), *grads
     ds, db = lora_grad_b(dy, s, lora_B, factor, dropout_p, need_ds=need_x or need_a, need_db=need_b)
     dx = lora_grad_x(dy, weight, ds, lora_A, mask) if need_x and ds is not None else None
@@ -144,7 +154,7 @@ def no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(f"fastlora's kernels have no double backward{_EAGERLY}")
 
 
-class _KernelFunction(torch.autograd.Function):
+class KernelFunction(torch.autograd.Function):
     """A Function that `torch.func` can transform, without what that costs everybody else."""
 
     @classmethod
@@ -167,7 +177,7 @@ class _KernelFunction(torch.autograd.Function):
         raise RuntimeError(f"fastlora's kernels have no vmap rule{_EAGERLY}")
 
 
-class LoRALinearFunction(_KernelFunction):
+class LoRALinearFunction(KernelFunction):
     """``y = x W0^T + bias + scaling * dropout(x) A^T B^T`` on 2-D tensors, with s and the mask beside it."""
 
     forward = staticmethod(fused_forward)
@@ -188,7 +198,7 @@ def _plain_backward(*args: Any) -> tuple[Tensor | None, ...]:
     return fused_backward(*unwrap_dead_wrappers(args))  # the function that torch.func.vjp gives
 
 
-class _LoRALinearBackward(_KernelFunction):
+class _LoRALinearBackward(KernelFunction):
     """`fused_backward` where a graph of the backward is recorded: an error if it is differentiated."""
 
     forward = staticmethod(fused_backward)

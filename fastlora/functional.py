@@ -64,8 +64,8 @@ def lora_linear(
     if compiling:  # it would guard on the whole set
         signature, known = None, False
     else:
-        signature = _signature(x, weight, lora_A, lora_B, bias)
-        known = signature in _known_fused
+        signature = signature_of(x, weight, lora_A, lora_B, bias)
+        known = is_known_fused(signature)
     if known:
         check_scaling(scaling, x.device)
         dropout_p = check_dropout(dropout_p)
@@ -73,22 +73,15 @@ def lora_linear(
         dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         x, weight, bias = autocast_linear(x, weight, bias)
     dropout_p = dropout_p if training else 0.0
-    if dropout_p == 0:
-        seed = None
-    elif seed is None:
-        seed = reference.draw_seed(x.device)
-    else:
-        _validate_seed(seed, x.device)
+    seed = mask_seed(seed, dropout_p, x.device)
     if not known and problem_for(x, weight, lora_A, lora_B):
-        _reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
+        reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
         return reference.lora_linear(
             x, weight, lora_A, lora_B,
             bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
-    if signature is not None and not known:
-        if len(_known_fused) >= _MAX_KNOWN:
-            _known_fused.clear()
-        _known_fused.add(signature)
+    if not known:
+        remember_fused(signature)
     if compiling and not isinstance(scaling, Tensor):
         # As a number it would be a constant of the op, and every new value a recompilation.
         scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
@@ -115,7 +108,20 @@ _known_fused: set[tuple[object, ...] | None] = set()
 _MAX_KNOWN = 4096
 
 
-def _signature(
+def is_known_fused(signature: tuple[object, ...] | None) -> bool:
+    """Whether a call of this signature has passed every check and runs the kernels."""
+    return signature in _known_fused
+
+
+def remember_fused(signature: tuple[object, ...] | None) -> None:
+    """Let `is_known_fused` know the signature of a call that did; ``None`` is nothing to remember."""
+    if signature is not None:
+        if len(_known_fused) >= _MAX_KNOWN:
+            _known_fused.clear()
+        _known_fused.add(signature)
+
+
+def signature_of(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
 ) -> tuple[object, ...] | None:
     """All that the checks and the choice of a path look at; ``None`` where there is more to it."""
@@ -296,7 +302,12 @@ def is_dtensor(t: Tensor) -> bool:
     return isinstance(t, DTensor)
 
 
-def _validate_seed(seed: Tensor, device: torch.device) -> None:
+def mask_seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed of a call's mask: the one given, or a drawn one; ``None`` where nothing is dropped."""
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return reference.draw_seed(device)
     if not isinstance(seed, Tensor):
         raise TypeError(f"seed must be a Tensor, got {type(seed).__name__}")
     if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
@@ -304,9 +315,10 @@ def _validate_seed(seed: Tensor, device: torch.device) -> None:
             f"seed must be a 0-dim int64 tensor on {device}, got {seed.dtype} of shape "
             f"{tuple(seed.shape)} on {seed.device}"
         )
+    return seed
 
 
-def _reject_mixed_dtensors(
+def reject_mixed_dtensors(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,

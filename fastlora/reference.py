@@ -138,6 +138,47 @@ def lora_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], N)
 
 
+def lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    scaling: float | Tensor | Sequence[float | Tensor] = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> tuple[Tensor, ...]:
+    """``y_i = x W_i^T + bias_i + scaling_i * dropout(x) A_i^T B_i^T``: `fastlora.lora_linear_group`.
+
+    Args:
+        x (Tensor): ``(..., K)``.
+        weights (Sequence[Tensor]): ``[N_i, K]`` each.
+        lora_As (Sequence[Tensor]): ``[R_i, K]`` each.
+        lora_Bs (Sequence[Tensor]): ``[N_i, R_i]`` each.
+        biases (Sequence[Tensor | None] | None): ``[N_i]`` each. Default: ``None``.
+        scaling (float | Tensor | Sequence[float | Tensor]): one for all or one for each. Default: 1.0.
+        dropout_p (float): dropout on x, LoRA branches only, one mask for all. Default: 0.0.
+        training (bool): whether dropout is active. Default: ``True``.
+        seed (Tensor | int | None): seed of the mask; drawn from torch's generator when ``None``.
+
+    Returns:
+        tuple[Tensor, ...]: ``(..., N_i)`` for each, in the dtype of x.
+    """
+    if dropout_p > 0 and training and seed is None:
+        seed = draw_seed(x.device)
+    n = len(weights)
+    scalings = scaling if isinstance(scaling, (list, tuple)) else [scaling] * n
+    options: dict[str, Any] = {"dropout_p": dropout_p, "training": training, "seed": seed}
+    return tuple(
+        lora_linear(x, w, a, b, bias=bias, scaling=factor, **options)
+        for w, a, b, bias, factor in zip(
+            weights, lora_As, lora_Bs, biases or [None] * n, scalings, strict=True
+        )
+    )
+
+
 def lora_linear_multi(
     x: Tensor,
     weight: Tensor,

@@ -35,7 +35,8 @@ from .launch import Launch, cached_plan
 def _lora_shrink_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, scaling, seed_ptr, threshold, keep_scale,
     M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
-    SCALING_IS_TENSOR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SCALING_IS_TENSOR: tl.constexpr, SCALING_PER_RANK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``s[m, r] = scaling * keep_scale * sum_k keep[m, k] x[m, k] A[r, k]``.
@@ -72,7 +73,11 @@ def _lora_shrink_kernel(
             )
             x = tl.where(unpack_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
         acc = dot(x, a.to(x.dtype), acc, PRECISION)  # [BLOCK_M, BLOCK_R]
-    acc *= load_scaling(scaling, SCALING_IS_TENSOR) * keep_scale
+    if SCALING_PER_RANK:
+        factors = tl.load(scaling + offs_r, mask=offs_r < R, other=0.0)  # [BLOCK_R]
+        acc *= factors[None, :] * keep_scale
+    else:
+        acc *= load_scaling(scaling, SCALING_IS_TENSOR) * keep_scale
     tl.store(
         s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
         acc.to(s_ptr.dtype.element_ty),
@@ -87,8 +92,9 @@ def _plan(
     dtype: torch.dtype,
     R: int,
     a_stride: tuple[int, ...],
+    s_stride: int,
     device: torch.device,
-    scaling_is_tensor: bool,
+    scaling_dims: int | None,
     has_dropout: bool,
     precision: str,
     product_columns: int,
@@ -101,8 +107,9 @@ def _plan(
         c = shrink_config(dtype.itemsize, R, precision, has_dropout)
     return Launch(
         _lora_shrink_kernel, (cdiv(M, c.BLOCK_M),), device,
-        M, K, R, *strides(shape, stride), *strides((R, K), a_stride), padded_columns(R, dtype.itemsize),
-        SCALING_IS_TENSOR=scaling_is_tensor, HAS_DROPOUT=has_dropout, PRECISION=precision,
+        M, K, R, *strides(shape, stride), *strides((R, K), a_stride), s_stride,
+        SCALING_IS_TENSOR=scaling_dims is not None, SCALING_PER_RANK=scaling_dims == 1,
+        HAS_DROPOUT=has_dropout, PRECISION=precision,
         BLOCK_M=c.BLOCK_M, BLOCK_K=c.BLOCK_K, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages, PDL=has_pdl(device),
     )  # fmt: skip
@@ -117,31 +124,36 @@ def lora_shrink(
     factor: float = 1.0,
     *,
     product_columns: int = 0,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``s = factor * scaling * dropout(x) A^T``, and the packed keep mask.
 
     Args:
         x (Tensor): ``[M, K]``, any strides.
         lora_A (Tensor): ``[R, K]``, any strides, cast to the dtype of x for the product.
-        scaling (float | Tensor): a float, or a 0-dim tensor on x's device.
+        scaling (float | Tensor): a float, or on x's device a 0-dim tensor or an fp32 ``[R]``, dense, which
+            has a factor for each rank.
         dropout_p (float): probability of dropping an element of x. Default: 0.0.
         seed (Tensor | None): 0-dim int64 on x's device; needed when ``dropout_p > 0``.
         factor (float): one more factor, applied in fp32. Default: 1.0.
         product_columns (int): columns of the GEMM that is launched next and may begin beside this kernel;
             0 for none. Default: 0.
+        out (Tensor | None): ``[M, R]`` in the dtype of x, rows dense, to write s into: columns of a wider
+            tensor, for example. Default: ``None``.
 
     Returns:
-        tuple: s ``[M, R]`` in the dtype of x, its rows padded to 16 bytes, and the mask: uint8
+        tuple: s ``[M, R]`` in the dtype of x, its rows padded to 16 bytes (or ``out``), and the mask: uint8
         ``[M, ceil(K / 8)]`` (bit ``k % 8`` of byte ``k // 8`` is 1 where kept), ``None`` without dropout.
     """
     (M, K), R = x.shape, lora_A.shape[0]
     has_dropout = dropout_threshold(dropout_p) > 0  # a tiny p rounds to none
     launch = _plan(
-        x.shape, x.stride(), x.dtype, R, lora_A.stride(), x.device,
-        isinstance(scaling, Tensor), has_dropout, dot_precision(x.dtype),
+        x.shape, x.stride(), x.dtype, R, lora_A.stride(),
+        padded_columns(R, x.dtype.itemsize) if out is None else out.stride(0), x.device,
+        scaling.dim() if isinstance(scaling, Tensor) else None, has_dropout, dot_precision(x.dtype),
         product_columns,
     )  # fmt: skip
-    s = empty_rows(M, R, x.dtype, x.device)
+    s = empty_rows(M, R, x.dtype, x.device) if out is None else out
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
     launch(
         x, lora_A, s, mask, scaling, seed,

@@ -131,6 +131,8 @@ def cases() -> list[Case]:
                 Case(op, arch, "ieee", R=64, dropout=True),
                 Case(op, arch, R=8, dropout=True, **odd),
             ]
+        for rank in (48, 256):
+            found.append(Case("shrink_group", arch, R=rank, dropout=True))
         found += [
             Case("grad_b", arch, R=16),
             Case("grad_b", arch, R=32, fp32_adapters=True, tensor_scaling=True),
@@ -255,6 +257,14 @@ def call(case: Case) -> None:
         mask = new((M, (K + 7) // 8), dtype=torch.uint8)
     launch: dict[str, Callable[[], object]] = {
         "shrink": lambda: modules["lora_shrink"].lora_shrink(x, lora_A, scaling, p, seed),
+        "shrink_group": lambda: modules["lora_shrink"].lora_shrink(
+            x,
+            lora_A,
+            new((R,), dtype=torch.float32),
+            p,
+            seed,
+            out=new((M, R + 3), dtype=dtype)[:, 3:],
+        ),
         "forward": lambda: modules["lora_forward"].lora_forward(
             x, w, s, lora_B, new((N,), dtype=dtype) if case.bias else None
         ),
