@@ -1,82 +1,125 @@
-"""The `torch.autograd.Function` over the embedding kernel."""
+"""The fused embedding for autograd: the launches, what is saved, and which gradients are made.
+
+`LoRAEmbeddingFunction` is the eager form; `fastlora.ops_embedding` registers the same functions with
+`torch.library`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.autograd import refuse_graph_of_backward, waited_for
+from fastlora.autograd import _factor, refuse_graph_of_backward, waited_for
 from fastlora.kernels.lora_embedding import lora_embedding
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.reference import sparse_columns
 
 
-@dataclass(frozen=True)
-class EmbeddingSpec:
-    """The non-tensor arguments of a call; a tensor scaling travels beside it."""
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Raise for ids of a CPU tensor outside the table: the interpreter would read what lies there."""
+    if ids.device.type != "cpu":
+        return  # the kernel asserts it
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise IndexError(f"ids must be from 0 to {vocabulary - 1}, got {low if low < 0 else high}")
 
-    scaling: float
-    padding_idx: int
-    scale_grad_by_freq: bool
-    sparse: bool
+
+def fused_forward(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling_tensor: Tensor | None,
+    scaling: float,
+    need_s: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Take ids ``[M]``, weight ``[V, N]``, lora_A ``[R, V]``, lora_B ``[N, R]``; give y ``[M, N]`` and s.
+
+    s is ``[M, R]``, ``None`` unless ``need_s``: the gradient of lora_B is what needs it. The options of the
+    gradients follow: ``padding_idx``, -1 for none, ``scale_grad_by_freq`` and ``sparse``.
+    """
+    factor = _factor(scaling, scaling_tensor, weight.device)
+    return lora_embedding(ids, weight, lora_A, lora_B, factor, need_s=need_s)
+
+
+def fused_backward(
+    dy: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    scaling_tensor: Tensor | None,
+    scaling: float,
+    need_ds: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Take dy ``[M, N]`` and s ``[M, R]``; give ds ``[M, R]`` and dB where they are needed.
+
+    s may be ``None`` where dB is not.
+    """
+    factor = _factor(scaling, scaling_tensor, dy.device)
+    return lora_grad_b(dy, s, lora_B, factor, need_ds=need_ds, need_db=need_db)
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], s: Tensor | None) -> None:
+    """Keep ids, lora_B, and s ``[M, R]``; ``inputs`` are those of `fused_forward`."""
+    ids, weight, lora_A, lora_B, scaling_tensor, scaling, need_s, *options = inputs
+    kept = s if ctx.needs_input_grad[3] and need_s else None
+    ctx.save_for_backward(ids, lora_B, kept, scaling_tensor)
+    ctx.scaling, ctx.options = scaling, (weight.shape[0], *options)
+    ctx.a_dtype = lora_A.dtype
+
+
+def gradients(
+    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
+    """Take dy ``[M, N]``; give dW, dA and dB where they are needed, each in its own dtype.
+
+    The scatter to A is torch's own `embedding_backward` on ``[M, R]``: it sorts the ids, so its sums go
+    in a fixed order. ``backward`` takes the arguments of `fused_backward`.
+    """
+    ids, lora_B, s, scaling_tensor = ctx.saved_tensors
+    _, need_w, need_a, need_b = ctx.needs_input_grad[:4]
+    if need_b and s is None:
+        raise ValueError("need_s must be True where lora_B requires a gradient, got False")
+    vocabulary, padding_idx, _, sparse = ctx.options
+    dw = da = db = ds = None
+    if need_a or need_b:
+        ds, db = backward(dy, s, lora_B, scaling_tensor, ctx.scaling, need_a, need_b)
+    if need_a and ds is not None:
+        if sparse:
+            da = sparse_columns(ds.to(ctx.a_dtype), ids, vocabulary, padding_idx)
+        else:  # summed in fp32, as all of fastlora's sums are, and rounded once
+            da = _scatter(ds.float(), ids, *ctx.options).to(ctx.a_dtype).t()
+    if need_w:
+        dw = _scatter(dy, ids, *ctx.options)
+    return dw, da, db
+
+
+def _scatter(
+    grad: Tensor, ids: Tensor, vocabulary: int, padding_idx: int, by_freq: bool, sparse: bool
+) -> Tensor:
+    """``out[v] = sum of grad[m] over ids[m] == v``, ``[V, ...]``; nothing for padding_idx."""
+    out: Tensor = torch.ops.aten.embedding_backward(
+        grad, ids, vocabulary, padding_idx, by_freq, sparse
+    )
+    return out
 
 
 class LoRAEmbeddingFunction(torch.autograd.Function):
-    """``y = weight[ids] + scaling * A[:, ids]^T B^T`` for 1-D ids, fused.
-
-    Saved for backward: ids, lora_B, and s ``[M, R]``. The scatter to A is torch's own
-    `embedding_backward` on ``[M, R]``: it sorts the ids, so its sums go in a fixed order.
-    """
+    """``y = weight[ids] + scaling * A[:, ids]^T B^T`` for 1-D ids, fused."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        ids: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: Tensor | None,
-        spec: EmbeddingSpec,
-    ) -> Tensor:
-        """Take ids ``[M]``, weight ``[V, N]``, lora_A ``[R, V]``, lora_B ``[N, R]``; give ``[M, N]``."""
-        factor = spec.scaling if scaling is None else scaling
-        y, s = lora_embedding(
-            ids, weight, lora_A, lora_B, factor, need_s=bool(ctx.needs_input_grad[3])
-        )
-        ctx.save_for_backward(ids, lora_B, s, scaling)
-        ctx.spec = spec
-        ctx.vocabulary = weight.shape[0]
-        ctx.a_dtype = lora_A.dtype
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """Take the arguments of `fused_forward`; give y ``[M, N]``."""
+        y, s = fused_forward(*inputs)
+        keep(ctx, inputs, s)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
         refuse_graph_of_backward()
-        ids, lora_B, s, scaling = ctx.saved_tensors
-        spec: EmbeddingSpec = ctx.spec
-        _, need_w, need_a, need_b = ctx.needs_input_grad[:4]
-        dy = waited_for(dy)
-        dw = da = db = ds = None
-        if need_a or need_b:
-            factor = spec.scaling if scaling is None else scaling
-            ds, db = lora_grad_b(dy, s, lora_B, factor, need_ds=need_a, need_db=need_b)
-        if need_a and ds is not None:
-            if spec.sparse:
-                da = sparse_columns(ds.to(ctx.a_dtype), ids, ctx.vocabulary, spec.padding_idx)
-            else:  # summed in fp32, as all of fastlora's sums are, and rounded once
-                da = _scatter(ds.float(), ids, ctx.vocabulary, spec).to(ctx.a_dtype).t()
-        if need_w:
-            dw = _scatter(dy, ids, ctx.vocabulary, spec)
-        return None, dw, da, db, None, None
-
-
-def _scatter(grad: Tensor, ids: Tensor, vocabulary: int, spec: EmbeddingSpec) -> Tensor:
-    """``out[v] = sum of grad[m] over ids[m] == v``, ``[V, ...]``; nothing for padding_idx."""
-    out: Tensor = torch.ops.aten.embedding_backward(
-        grad, ids, vocabulary, spec.padding_idx, spec.scale_grad_by_freq, spec.sparse
-    )
-    return out
+        return (None, *gradients(ctx, waited_for(dy), fused_backward), *[None] * 6)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.dispatch import decide_for
+from fastlora.dispatch import HAS_TRITON, problem_for
 from fastlora.functional import (
     autocast_linear,
     check_dropout,
@@ -16,6 +16,9 @@ from fastlora.functional import (
     lora_linear,
 )
 from fastlora.kernels.config import keep_scale
+
+if HAS_TRITON:
+    from fastlora.ops_shrink import shrink
 
 
 def dora_linear(
@@ -108,10 +111,8 @@ def dora_norm(
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with reference.no_autocast(weight.device.type):
         a, b = lora_A.to(compute), lora_B.to(compute)
-        if decide_for(weight, weight, lora_A, lora_B).fused:
-            from fastlora.kernels.lora_shrink import lora_shrink  # needs Triton
-
-            w_a = lora_shrink(weight, lora_A, 1.0)[0].to(compute)
+        if not problem_for(weight, weight, lora_A, lora_B):
+            w_a = shrink(weight, lora_A)[0].to(compute)
         else:
             rows = max(1, reference.MERGE_BLOCK // max(1, weight.shape[1]))
             blocks = [weight[i : i + rows] for i in range(0, max(1, weight.shape[0]), rows)]
@@ -126,12 +127,9 @@ def _keep_mask(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, p: flo
     """The boolean keep mask of x, by the kernel that makes it where it runs."""
     rows, K = x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1]
     seed = reference.draw_seed(x.device)
-    if rows == 0 or not decide_for(x, weight, lora_A, lora_B).fused:
+    if rows == 0 or problem_for(x, weight, lora_A, lora_B):
         return reference.dropout_keep_mask(seed, rows, K, p, x.device).view(x.shape)
-
-    from fastlora.kernels.lora_shrink import lora_shrink  # needs Triton
-
-    packed = lora_shrink(x.detach().reshape(rows, K), lora_A.detach(), 1.0, p, seed)[1]
+    packed = shrink(x.detach().reshape(rows, K), lora_A.detach(), p, seed)[1]
     if packed is None:  # p rounds to none
         return torch.ones_like(x, dtype=torch.bool)
     bits = torch.arange(8, device=x.device, dtype=torch.uint8)

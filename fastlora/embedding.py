@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.dispatch import Decision, decide_embedding_for
+from fastlora.dispatch import HAS_TRITON, Decision, decide_embedding_for, embedding_problem_for
 from fastlora.functional import check_scaling
+
+if HAS_TRITON:
+    from fastlora import ops_embedding
+    from fastlora.autograd_embedding import LoRAEmbeddingFunction, check_ids
 
 
 def lora_embedding(
@@ -70,36 +74,34 @@ def lora_embedding(
     padding = _check_options(
         padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, weight.shape[0]
     )
-    if not decide_embedding_for(ids, weight, lora_A, lora_B).fused:
+    if embedding_problem_for(ids, weight, lora_A, lora_B):
         return reference.lora_embedding(
             ids, weight, lora_A, lora_B, scaling=scaling, padding_idx=padding, max_norm=max_norm,
             norm_type=norm_type, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse,
         )  # fmt: skip
 
-    from fastlora.autograd_embedding import EmbeddingSpec, LoRAEmbeddingFunction  # needs Triton
-
     flat = ids.reshape(-1).contiguous()
-    if flat.device.type == "cpu":  # the interpreter would read what lies there
-        low, high = int(flat.min()), int(flat.max())
-        if low < 0 or high >= weight.shape[0]:
-            raise IndexError(
-                f"ids must be from 0 to {weight.shape[0] - 1}, got {low if low < 0 else high}"
-            )
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # it reads them: compiled, the op does
+        check_ids(flat, weight.shape[0])
     if max_norm is not None:
         reference.limit_norms(weight, flat, max_norm, norm_type)
         reference.limit_norms(lora_A.t(), flat, max_norm, norm_type)
-    if isinstance(scaling, Tensor) and scaling.device != weight.device:
-        scaling = float(scaling)  # a CPU scalar: reading it syncs nothing
-    tensor_scaling = scaling.detach() if isinstance(scaling, Tensor) else None
-    spec = EmbeddingSpec(
+    if isinstance(scaling, Tensor):
+        scaling = scaling.detach()
+    elif compiling:  # as `lora_linear`: a number would be a constant of the graph
+        scaling = scaling * torch.ones((), dtype=torch.float32, device=weight.device)
+    arguments = (
+        flat, weight, lora_A, lora_B,
+        scaling if isinstance(scaling, Tensor) else None,
         1.0 if isinstance(scaling, Tensor) else float(scaling),
-        -1 if padding is None else padding,
-        scale_grad_by_freq,
-        sparse,
-    )
-    y = LoRAEmbeddingFunction.apply(  # type: ignore[no-untyped-call]
-        flat, weight, lora_A, lora_B, tensor_scaling, spec
-    )
+        lora_B.requires_grad and torch.is_grad_enabled(),
+        -1 if padding is None else padding, scale_grad_by_freq, sparse,
+    )  # fmt: skip
+    if compiling:
+        y, _ = ops_embedding.lora_embedding(*arguments)
+    else:
+        y = LoRAEmbeddingFunction.apply(*arguments)  # type: ignore[no-untyped-call]
     return y.view(*ids.shape, weight.shape[1])  # type: ignore[no-any-return]
 
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.embedding import lora_embedding
-from fastlora.merging import LoRALayer, Product
-from fastlora.modules import check_lora_options, layer_problem, lora_scaling
+from fastlora.merging import Product
+from fastlora.modules import LoRAWeightLayer, check_lora_options, layer_problem, lora_scaling
 
 
-class LoRAEmbedding(LoRALayer):
+class LoRAEmbedding(LoRAWeightLayer):
     """A frozen embedding with a trainable low-rank update.
 
     ``y = weight[ids] + scaling * lora_A[:, ids]^T lora_B^T``
@@ -49,7 +49,6 @@ class LoRAEmbedding(LoRALayer):
         True
     """
 
-    weight: nn.Parameter
     peft_names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}  # noqa: RUF012
 
     def __init__(
@@ -75,7 +74,6 @@ class LoRAEmbedding(LoRALayer):
         self.r = r
         self.lora_alpha = lora_alpha if isinstance(lora_alpha, int) else float(lora_alpha)
         self.use_rslora = use_rslora
-        self.scaling = lora_scaling(r, self.lora_alpha, use_rslora)
 
         weight = cast(nn.Parameter, base.weight)
         dtype = weight.dtype if adapter_dtype is None else adapter_dtype
@@ -84,6 +82,7 @@ class LoRAEmbedding(LoRALayer):
         self.register_parameter("weight", weight)
         self.register_parameter("lora_A", nn.Parameter(lora_a))
         self.register_parameter("lora_B", nn.Parameter(lora_b))
+        self.scaling = lora_scaling(r, self.lora_alpha, use_rslora)
         self.reset_lora_parameters()
         self._init_merging(merge_weights, base.training)
         weight.requires_grad_(False)
@@ -112,7 +111,7 @@ class LoRAEmbedding(LoRALayer):
             self.weight,
             self.lora_A,
             self.lora_B,
-            scaling=self.scaling,
+            scaling=self._scaling_now,
             padding_idx=self.padding_idx,
             max_norm=self.max_norm,
             norm_type=self.norm_type,

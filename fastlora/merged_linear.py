@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora import reference
-from fastlora.dispatch import decide_for
+from fastlora.dispatch import HAS_TRITON, problem_for
 from fastlora.functional import autocast_linear, check_dropout, check_scaling, check_tensors
-from fastlora.merging import LoRALayer, Product
-from fastlora.modules import base_problem, check_lora_options, lora_scaling
+from fastlora.merging import Product
+from fastlora.modules import LoRAWeightLayer, base_problem, check_lora_options, lora_scaling
+
+if HAS_TRITON:
+    from fastlora import ops_merged
+    from fastlora.autograd_merged import LoRAMergedLinearFunction
 
 
 def lora_merged_linear(
@@ -75,28 +79,28 @@ def lora_merged_linear(
     x, weight, bias = autocast_linear(x, weight, bias)
     dropout_p = dropout_p if training else 0.0
     seed = reference.draw_seed(x.device) if dropout_p > 0 else None
-    if not decide_for(x, weight, lora_A, lora_B).fused:
+    if problem_for(x, weight, lora_A, lora_B):
         return reference.lora_merged_linear(
             x, weight, lora_A, lora_B, slices,
             bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
 
-    from fastlora.autograd_merged import LoRAMergedLinearFunction, MergedSpec  # needs Triton
-
-    if isinstance(scaling, Tensor) and scaling.device != x.device:
-        scaling = float(scaling)  # a CPU scalar: reading it syncs nothing
-    tensor_scaling = scaling.detach() if isinstance(scaling, Tensor) else None
-    spec = MergedSpec(1.0 if isinstance(scaling, Tensor) else float(scaling), dropout_p, slices)
-    y = LoRAMergedLinearFunction.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        None if bias is None else bias.contiguous(),
-        lora_A,
-        lora_B,
-        seed,
-        tensor_scaling,
-        spec,
-    )
+    compiling = torch.compiler.is_compiling()
+    if isinstance(scaling, Tensor):
+        scaling = scaling.detach()
+    elif compiling:  # as `lora_linear`: a number would be a constant of the graph
+        scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
+    arguments = (
+        x.reshape(-1, x.shape[-1]), weight, None if bias is None else bias.contiguous(),
+        lora_A, lora_B, seed,
+        scaling if isinstance(scaling, Tensor) else None,
+        1.0 if isinstance(scaling, Tensor) else float(scaling),
+        dropout_p,
+    )  # fmt: skip
+    if compiling:
+        y, _, _ = ops_merged.lora_merged_linear(*arguments, list(itertools.chain(*slices)))
+    else:
+        y = LoRAMergedLinearFunction.apply(*arguments, slices)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 
@@ -144,7 +148,7 @@ def enabled_slices(
     )
 
 
-class LoRAMergedLinear(LoRALayer):
+class LoRAMergedLinear(LoRAWeightLayer):
     """A frozen linear whose outputs are slices, such as q, k and v, some of them with an adapter.
 
     ``y = x weight^T + bias``, and on enabled slice g ``+ scaling * dropout(x) A_g^T B_g^T``
@@ -249,8 +253,6 @@ class LoRAMergedLinear(LoRALayer):
         self.r = r
         self.lora_alpha = lora_alpha if isinstance(lora_alpha, int) else float(lora_alpha)
         self.lora_dropout = float(lora_dropout)
-        self.scaling = lora_scaling(r, self.lora_alpha, False)
-
         weight = cast(nn.Parameter, base.weight)
         if fan_in_fan_out:
             weight = nn.Parameter(weight.detach().t().contiguous())
@@ -262,6 +264,7 @@ class LoRAMergedLinear(LoRALayer):
         self.register_parameter("bias", base.bias)
         self.register_parameter("lora_A", nn.Parameter(lora_a))
         self.register_parameter("lora_B", nn.Parameter(lora_b))
+        self.scaling = lora_scaling(r, self.lora_alpha, False)
         self.reset_lora_parameters()
         self._init_merging(merge_weights, base.training)
         weight.requires_grad_(False)
@@ -287,7 +290,7 @@ class LoRAMergedLinear(LoRALayer):
             widths=self.widths,
             enable_lora=self.enable_lora,
             bias=self.bias,
-            scaling=self.scaling,
+            scaling=self._scaling_now,
             dropout_p=self.lora_dropout,
             training=self.training,
         )

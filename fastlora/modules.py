@@ -19,7 +19,45 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INITS = ("kaiming", "gaussian")
 
 
-class LoRALinear(LoRALayer):
+class LoRAWeightLayer(LoRALayer):
+    """A `LoRALayer` with a frozen ``weight`` of its own, and a scaling that compiled code can follow.
+
+    A subclass sets ``scaling`` once its weight is there.
+    """
+
+    weight: nn.Parameter
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the LoRA branch; it may be set to any number at any time."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        # A tensor beside the number: torch.compile guards on the value of a number, and would compile
+        # again for each, but not on that of a tensor. It is no buffer: casts, state dicts and DDP's
+        # broadcasts leave it alone. On the CPU, for a weight on meta, it goes with any device.
+        weight = self.weight
+        self._scaling = float(value)
+        self._scaling_tensor = torch.full(
+            (),
+            self._scaling,
+            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            device="cpu" if weight.is_meta else weight.device,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRAWeightLayer:
+        super()._apply(fn, recurse)
+        self.scaling = self._scaling  # its tensor follows the weight to another device
+        return self
+
+    @property
+    def _scaling_now(self) -> float | Tensor:
+        """What forward computes with: the number, in compiled code the tensor."""
+        return self._scaling_tensor if torch.compiler.is_compiling() else self._scaling
+
+
+class LoRALinear(LoRAWeightLayer):
     """A frozen linear with a trainable low-rank update.
 
     ``y = x weight^T + bias + scaling * dropout(x) lora_A^T lora_B^T``
@@ -63,7 +101,6 @@ class LoRALinear(LoRALayer):
         ['lora_A', 'lora_B']
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
     peft_names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}  # noqa: RUF012 - constant
 
@@ -110,30 +147,6 @@ class LoRALinear(LoRALayer):
         if base.bias is not None:
             base.bias.requires_grad_(False)
 
-    @property
-    def scaling(self) -> float:
-        """The factor of the LoRA branch; it may be set to any number at any time."""
-        return self._scaling
-
-    @scaling.setter
-    def scaling(self, value: float) -> None:
-        # A tensor beside the number: torch.compile guards on the value of a number, and would compile
-        # again for each, but not on that of a tensor. It is no buffer: casts, state dicts and DDP's
-        # broadcasts leave it alone. On the CPU, for a weight on meta, it goes with any device.
-        weight = self.weight
-        self._scaling = float(value)
-        self._scaling_tensor = torch.full(
-            (),
-            self._scaling,
-            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-            device="cpu" if weight.is_meta else weight.device,
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
-        super()._apply(fn, recurse)
-        self.scaling = self._scaling  # its tensor follows the weight to another device
-        return self
-
     def reset_lora_parameters(self) -> None:
         """Draw ``lora_A`` anew and set ``lora_B`` to zero; the frozen linear stays as it is."""
         if self.init_lora_weights == "gaussian":
@@ -154,7 +167,7 @@ class LoRALinear(LoRALayer):
             self.lora_A,
             self.lora_B,
             bias=self.bias,
-            scaling=self._scaling_tensor if torch.compiler.is_compiling() else self._scaling,
+            scaling=self._scaling_now,
             dropout_p=self.lora_dropout,
             training=self.training,
         )

@@ -49,7 +49,12 @@ def _philox_4x32(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def dropout_keep_mask(
-    seed: Tensor | int, M: int, K: int, p: float, device: torch.device | str = "cpu"
+    seed: Tensor | int,
+    M: int,
+    K: int,
+    p: float,
+    device: torch.device | str = "cpu",
+    first_row: int = 0,
 ) -> Tensor:
     """The boolean keep mask ``[M, K]`` that the kernels draw for ``seed``.
 
@@ -62,6 +67,7 @@ def dropout_keep_mask(
         K (int): in_features.
         p (float): probability of dropping an element, rounded to a multiple of 2**-16.
         device (torch.device | str): where the mask is made. Default: ``"cpu"``.
+        first_row (int): the row of x that the mask begins with, for a part of it. Default: 0.
 
     Returns:
         Tensor: bool ``[M, K]``, True where the element is kept.
@@ -69,7 +75,7 @@ def dropout_keep_mask(
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
     # The seed's zero keeps a compiler from folding a constant times an index into 32-bit index arithmetic.
     groups = (torch.arange((K + 7) // 8, device=device) + (seed & 0)).expand(M, -1)
-    rows = torch.arange(M, device=device)[:, None].expand_as(groups)
+    rows = torch.arange(first_row, first_row + M, device=device)[:, None].expand_as(groups)
     words = torch.stack(_philox_4x32(seed, groups, rows), dim=-1)  # [M, K/8, 4]
     draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [M, K/8, 4, 2]
     return draws.reshape(M, 8 * groups.shape[-1])[:, :K] >= dropout_threshold(p)

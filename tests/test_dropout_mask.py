@@ -166,3 +166,8 @@ def test_draws_are_uniform():
     chi_square = sum((n - expected) ** 2 / expected for n in counts)
     # 63 degrees of freedom: mean 63, standard deviation 11.2.
     assert abs(chi_square - (bins - 1)) < 4.5 * math.sqrt(2 * (bins - 1))
+
+
+def test_a_part_of_the_rows():
+    whole = reference.dropout_keep_mask(7, 20, 27, 0.4)
+    assert torch.equal(reference.dropout_keep_mask(7, 5, 27, 0.4, first_row=12), whole[12:17])

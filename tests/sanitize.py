@@ -1,0 +1,205 @@
+"""Run every kernel at small odd shapes, forward and backward, for a sanitizer to watch.
+
+``compute-sanitizer --tool memcheck python tests/sanitize.py``, likewise ``racecheck`` and ``initcheck``; run
+it once without, so that the kernels are in Triton's cache. Each tensor is an allocation of its own, so that
+a read past the end of one is not a read of its neighbour. Exits with 1 if a kernel of this GPU has not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch starts
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+import fastlora
+import fastlora.kernels
+from fastlora.kernels import launch
+from fastlora.kernels.common import device_properties, has_tma
+from fastlora.kernels.lora_merge import lora_merge
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+# M, K, N, R: TMA can describe the first; of the second nothing is a multiple of anything.
+DENSE, ODD = (70, 72, 136, 8), (37, 67, 45, 3)
+SETTINGS = [
+    # dtype, dtype of the adapters, TF32, shape, dropout_p
+    (BF16, BF16, False, DENSE, 0.0),
+    (BF16, BF16, False, DENSE, 0.3),
+    (BF16, F32, False, ODD, 0.0),
+    (BF16, F32, False, ODD, 0.3),
+    (F16, F16, False, DENSE, 0.3),
+    (F16, F16, False, ODD, 0.0),
+    (F32, F32, True, DENSE, 0.3),
+    (F32, F32, False, DENSE, 0.0),
+    (F32, F32, False, ODD, 0.3),
+]
+
+
+def kernel_names() -> set[str]:
+    """Every kernel that is launched: the jitted functions of `fastlora.kernels` named ``*_kernel``."""
+    return {
+        name
+        for module in pkgutil.iter_modules(fastlora.kernels.__path__)
+        for name in vars(importlib.import_module(f"fastlora.kernels.{module.name}"))
+        if name.endswith("_kernel") and name.startswith("_")
+    }
+
+
+def counting(counts: collections.Counter[str]) -> Callable[..., None]:
+    """`Launch.__call__` that counts what it launches."""
+    plain = launch.Launch.__call__
+
+    def call(self: launch.Launch, *args: Any) -> None:
+        counts[self._kernel.__name__] += 1
+        plain(self, *args)
+
+    return call
+
+
+def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=DEVICE).div_(shape[-1] ** 0.5).to(dtype)
+
+
+def step(call: Callable[[], Tensor], *leaves: Tensor) -> None:
+    """Forward and backward; all of it must be finite."""
+    for t in leaves:
+        t.requires_grad_()
+    y = call()
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    for t in (y, *grads):
+        if not bool(torch.isfinite(t).all()):
+            raise RuntimeError(f"not finite: {call.__qualname__}")
+
+
+def calls(
+    dtype: torch.dtype, adapter: torch.dtype, shape: tuple[int, int, int, int], p: float
+) -> Iterator[Callable[[], None]]:
+    """One call of every op at a shape."""
+    M, K, N, R = shape
+    x, weight, bias = draw(M, K, dtype=dtype), draw(N, K, dtype=dtype), draw(N, dtype=dtype)
+    a, b = draw(R, K, dtype=adapter), draw(N, R, dtype=adapter)
+    scaling = torch.tensor(1.5, device=DEVICE)
+
+    def linear() -> None:
+        step(
+            lambda: fastlora.lora_linear(
+                x, weight, a, b, bias=bias, scaling=scaling, dropout_p=p
+            ),
+            x, a, b, bias,
+        )  # fmt: skip
+        with torch.no_grad():  # few rows, another layout of x
+            fastlora.lora_linear(x[:3].t().contiguous().t(), weight, a, b, scaling=2.0)
+
+    def multi() -> None:
+        stack = draw(3, R, K, dtype=adapter), draw(3, N, R, dtype=adapter)
+        ids = torch.arange(M, device=DEVICE) % 4 - 1
+        step(
+            lambda: fastlora.lora_linear_multi(x, weight, stack, ids, bias=bias, dropout_p=p),
+            x, *stack,
+        )  # fmt: skip
+        with torch.no_grad():  # as in decoding: s comes in parts
+            few, wide = draw(5, 1032, dtype=dtype), draw(N, 1032, dtype=dtype)
+            fastlora.lora_linear_multi(
+                few, wide, (draw(3, R, 1032, dtype=adapter), stack[1]), ids[:5]
+            )
+
+    def merged() -> None:
+        step(
+            lambda: fastlora.lora_merged_linear(
+                x, weight, draw(2 * R, K, dtype=adapter), b[: N - N // 3],
+                widths=(N // 3, N // 3, N - 2 * (N // 3)), enable_lora=(True, False, True),
+                bias=bias, dropout_p=p,
+            ),
+            x, b,
+        )  # fmt: skip
+        wide = draw(512, K, dtype=dtype)  # no tile of this one meets a border
+        step(
+            lambda: fastlora.lora_merged_linear(
+                x, wide, a, draw(256, R, dtype=adapter), widths=(256, 256), enable_lora=(False, True)
+            ),
+            x, a,
+        )  # fmt: skip
+
+    def embedding() -> None:
+        ids = torch.arange(M, device=DEVICE) * 7 % K
+        table = draw(K, N, dtype=dtype)
+        step(lambda: fastlora.lora_embedding(ids, table, a, b, scaling=scaling), a, b)
+
+    def dora() -> None:
+        magnitude = torch.rand(N, device=DEVICE) + 0.5
+        step(
+            lambda: fastlora.dora_linear(x, weight, a, b, magnitude, dropout_p=p),
+            x,
+            a,
+            b,
+            magnitude,
+        )
+
+    def merge() -> None:
+        lora_merge(weight, a.detach(), b.detach(), 0.5, out=torch.empty_like(weight))
+        turned = weight.t().contiguous().t()
+        lora_merge(turned, a.detach(), b.detach(), 0.5, out=turned)
+
+    yield from (linear, multi, merged, embedding, dora, merge)
+
+
+def run(word: str = "") -> collections.Counter[str]:
+    """Run the ops whose name holds ``word``; how often each kernel was launched."""
+    counts: collections.Counter[str] = collections.Counter()
+    plain, allowed = launch.Launch.__call__, torch.backends.cuda.matmul.allow_tf32
+    launch.Launch.__call__ = counting(counts)  # type: ignore[method-assign]
+    try:
+        for dtype, adapter, tf32, shape, p in SETTINGS:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            for call in calls(dtype, adapter, shape, p):
+                if word in call.__name__:
+                    call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    finally:
+        launch.Launch.__call__ = plain  # type: ignore[method-assign]
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    return counts
+
+
+def missing(counts: collections.Counter[str]) -> list[str]:
+    """The kernels that this device has and that did not run."""
+    major = device_properties(torch.device(DEVICE, 0 if DEVICE == "cuda" else None))[0]
+    expected = kernel_names()
+    if not has_tma(major):
+        # What a GPU without TMA cannot run.
+        expected = {n for n in expected if "tma" not in n and n != "_lora_grad_x_dropout_kernel"}
+    return sorted(expected - counts.keys())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("word", nargs="?", default="", help="only the ops whose name holds it")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    counts = run(arguments.word)
+    seconds = time.perf_counter() - start
+    for name, count in sorted(counts.items()):
+        print(f"{count:5} {name}")
+    left = [] if arguments.word else missing(counts)
+    print(f"{len(counts)} kernels, {counts.total()} launches on {DEVICE} in {seconds:.1f} s")
+    if left:
+        print("not run:", *left)
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
