@@ -21,7 +21,8 @@ from fastlora.kernels.config import (
     keep_scale,
     multi_shrink_parts,
 )
-from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
+from fastlora.kernels.multi_expand import lora_multi_expand
+from fastlora.kernels.multi_gemm import lora_multi_decode, lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 
@@ -52,8 +53,13 @@ def fused_forward(
         (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M)), MULTI_BLOCK_M,
         dropout_p, seed, parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
     )  # fmt: skip
-    slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
-    y = lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias)
+    if tiles[0] == "decode":
+        blocks = (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M))
+        u = lora_multi_expand(s, lora_B, ranks, blocks, MULTI_BLOCK_M, x.dtype)
+        y = lora_multi_decode(x, weight, u, routing.ids, tiles, bias)
+    else:
+        slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
+        y = lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias)
     return y, s[0] if need_s else None, mask
 
 
@@ -91,8 +97,14 @@ def fused_backward(
     if need_x and ds is not None:
         turned = weight.t()
         tiles = multi_gemm_tiles(dy, turned, None if mask is None else lora_A.shape[1])
-        slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
-        dx = lora_multi_gemm(dy, turned, ds, lora_A.transpose(1, 2), ranks, slots, tiles, mask=mask)
+        right = lora_A.transpose(1, 2)
+        if tiles[0] == "decode":
+            blocks = (*rows, routing.block_starts(MULTI_BLOCK_M))
+            u = lora_multi_expand(ds, right, ranks, blocks, MULTI_BLOCK_M, dy.dtype)
+            dx = lora_multi_decode(dy, turned, u, routing.ids, tiles)
+        else:
+            slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
+            dx = lora_multi_gemm(dy, turned, ds, right, ranks, slots, tiles, mask=mask)
     if need_a and ds is not None:
         da = lora_multi_grad(
             x, ds[0], mask, ranks, (*rows, routing.segment_starts()), len(lora_A), lora_A.dtype

@@ -202,8 +202,16 @@ def multi_decode_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchCo
     return LaunchConfig(block_m, block_n, 256 // itemsize, num_warps=4, num_stages=4)
 
 
+def multi_expand_config(block_m: int) -> LaunchConfig:
+    """Tiles of `lora_multi_expand`: ``BLOCK_N`` columns of B for a block of rows, in one step for low ranks.
+
+    Small programs, many of them: the decode kernel begins once all of them have.
+    """
+    return LaunchConfig(block_m, 128, 0, num_warps=4, num_stages=1)
+
+
 def multi_shrink_parts(M: int, K: int, num_sms: int) -> int:
-    """Into how many sums over K `lora_multi_shrink` is split for the decode kernel, which adds them.
+    """Into how many sums over K `lora_multi_shrink` is split for `lora_multi_expand`, which adds them.
 
     A block of rows has one program otherwise, which reads K alone; at most 8 parts of 512 at least.
     """

@@ -46,8 +46,8 @@ from .launch import Launch, cached_plan
 @triton.jit
 def _add_slot_products(
     acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-    stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr,
+    stride_sm, stride_bl, stride_bn, stride_br,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``acc[m] + s[m] B[ids[m]]^T`` for one output tile, over the ``width`` slots that it may hold."""
     ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)  # [BLOCK_M]
@@ -58,8 +58,8 @@ def _add_slot_products(
         acc = add_rank_product(
             acc, s_ptr, b_ptr + slot.to(tl.int64) * stride_bl,
             offs_m, (ids == slot)[:, None], offs_n, N, rank_of(ranks_ptr, slot, R),
-            rank_of(ranks_ptr, slot, R), stride_sp, stride_sm, stride_bn, stride_br,
-            DTYPE, PRECISION, PARTS, BLOCK_R,
+            rank_of(ranks_ptr, slot, R), 0, stride_sm, stride_bn, stride_br,
+            DTYPE, PRECISION, 1, BLOCK_R,
         )  # fmt: skip
         j += 1
         slot = tl.load(slots + j, mask=j < width, other=-1)
@@ -94,7 +94,7 @@ def _lora_multi_gemm_tma_kernel(
         if HAS_DROPOUT:
             acc = _add_slot_products(
                 acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-                0, stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, 1, BLOCK_R,
+                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, BLOCK_R,
             )  # fmt: skip
             keep = load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N)
             acc = tl.where(keep, acc, 0.0)
@@ -109,7 +109,7 @@ def _lora_multi_gemm_tma_kernel(
             wait_for_previous_kernel(PDL)
             acc = _add_slot_products(
                 acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-                0, stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, 1, BLOCK_R,
+                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, BLOCK_R,
             )  # fmt: skip
         if HAS_BIAS:
             acc = add_bias(acc, bias_ptr, offs_n, N)
@@ -120,17 +120,15 @@ def _lora_multi_gemm_tma_kernel(
 def _lora_multi_gemm_pointer_kernel(
     x_ptr, w_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, mask_ptr, ids_ptr, slots_ptr, ranks_ptr,
     M, N, K, R, width, stride_xm, stride_xk, stride_wn, stride_wk,
-    stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
+    stride_sm, stride_bl, stride_bn, stride_br,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``y = keep * (s B[id]^T) + bias + x W^T`` for any strides. Grid: one program a tile of y.
 
-    The order is that of the TMA kernel. s may be in PARTS, which are summed in order as they are read:
-    for 64 rows that makes a wgmma with an operand from registers, in a loop that is not pipelined, as
-    the ptxas hazard (triton#9433) asks.
+    The order is that of the TMA kernel.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
@@ -142,8 +140,7 @@ def _lora_multi_gemm_pointer_kernel(
         wait_for_previous_kernel(PDL)
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-            stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
-            y_ptr.dtype.element_ty, PRECISION, PARTS, BLOCK_R,
+            stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
         )  # fmt: skip
         keep = load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N)
         acc = tl.where(keep, acc, 0.0)
@@ -155,13 +152,45 @@ def _lora_multi_gemm_pointer_kernel(
         wait_for_previous_kernel(PDL)
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-            stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
-            y_ptr.dtype.element_ty, PRECISION, PARTS, BLOCK_R,
+            stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
         )  # fmt: skip
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, offs_n, N)
     tl.store(
         y_ptr + offs_m[:, None] * N + offs_n[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=(offs_m[:, None] < M) & (offs_n[None, :] < N),
+    )
+
+
+@triton.jit
+def _lora_multi_decode_kernel(
+    x_ptr, w_ptr, y_ptr, u_ptr, bias_ptr, ids_ptr,
+    M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """``y = x W^T + u + bias`` for few rows, u only where a row has an adapter. Grid: a program a tile of y.
+
+    The time is that of streaming W, behind which the two kernels that make u hide.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = add_frozen_product(
+        acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+        PRECISION, BLOCK_K,
+    )  # fmt: skip
+    adapted = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1) >= 0
+    wait_for_previous_kernel(PDL)
+    tile = offs_m[:, None] * N + offs_n[None, :]
+    acc += tl.load(u_ptr + tile, mask=adapted[:, None] & (offs_n[None, :] < N), other=0.0)
+    if HAS_BIAS:
+        acc = add_bias(acc, bias_ptr, offs_n, N)
+    tl.store(
+        y_ptr + tile,
         acc.to(y_ptr.dtype.element_ty),
         mask=(offs_m[:, None] < M) & (offs_n[None, :] < N),
     )
@@ -206,7 +235,8 @@ def multi_gemm_tiles(
         masked_rank (int | None): R when dropout's mask is applied to the rank product. Default: ``None``.
 
     Returns:
-        tuple: ``"decode"``, ``"tma"`` or ``"pointer"``, and the launch configuration.
+        tuple: ``"decode"`` for `lora_multi_decode`, ``"tma"`` or ``"pointer"`` for `lora_multi_gemm`, and the
+        launch configuration.
     """
     return _tiles(
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), x.device, masked_rank,
@@ -224,7 +254,6 @@ def _plan(
     w_stride: tuple[int, ...],
     b_shape: tuple[int, ...],
     b_stride: tuple[int, ...],
-    s_shape: tuple[int, ...],
     s_stride: tuple[int, ...],
     device: torch.device,
     width: int,
@@ -234,7 +263,7 @@ def _plan(
 ) -> Launch:
     (M, K), (_, N, R) = shape, b_shape
     num_sms = device_properties(device)[1]
-    tiles, pdl = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N), kind != "pointer" and has_pdl(device)
+    tiles, pdl = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N), kind == "tma" and has_pdl(device)
     block_r = min(rank_step(R, dtype.itemsize), 32)  # adapters of lower rank pad less
     options: dict[str, Any] = {
         "HAS_BIAS": has_bias, "HAS_DROPOUT": has_dropout, "PRECISION": precision,
@@ -252,8 +281,8 @@ def _plan(
         )  # fmt: skip
     return Launch(
         _lora_multi_gemm_pointer_kernel, (tiles,), device,
-        M, N, K, R, width, *strides(shape, stride), *strides((N, K), w_stride), *s_stride[:2],
-        *b_strides, PARTS=s_shape[0], **options,
+        M, N, K, R, width, *strides(shape, stride), *strides((N, K), w_stride), s_stride[1],
+        *b_strides, **options,
     )  # fmt: skip
 
 
@@ -275,7 +304,7 @@ def lora_multi_gemm(
     Args:
         x (Tensor): ``[M, K]``, any strides.
         weight (Tensor): ``[N, K]`` in the dtype of x, any strides.
-        s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink` gives it.
+        s (Tensor): ``[1, M, R]``, rows dense, as `lora_multi_shrink` gives it.
         lora_B (Tensor): ``[L, N, R]``, any strides, cast to the dtype of x for the product.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
         routing (tuple): ``ids [M]`` and the slots of tiles of BLOCK_M rows.
@@ -289,7 +318,7 @@ def lora_multi_gemm(
     (kind, c), (ids, slots) = tiles, routing
     launch = _plan(
         kind, c, x.shape, x.stride(), x.dtype, weight.stride(), lora_B.shape, lora_B.stride(),
-        s.shape, s.stride(), x.device, slots.shape[1], bias is not None, mask is not None,
+        s.stride(), x.device, slots.shape[1], bias is not None, mask is not None,
         dot_precision(x.dtype, x.shape[1]),
     )  # fmt: skip
     y = torch.empty((x.shape[0], lora_B.shape[1]), dtype=x.dtype, device=x.device)
@@ -298,4 +327,55 @@ def lora_multi_gemm(
         return y
     dense = weight if weight.stride(1) == 1 else weight.t()
     launch(x, dense, y, s, lora_B, bias, mask, ids, slots, ranks)
+    return y
+
+
+@cached_plan
+def _decode_plan(
+    c: LaunchConfig,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    w_stride: tuple[int, ...],
+    device: torch.device,
+    has_bias: bool,
+    precision: str,
+) -> Launch:
+    (M, K), N, pdl = shape, w_shape[0], has_pdl(device)
+    return Launch(
+        _lora_multi_decode_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
+        M, N, K, *strides(shape, stride), *strides(w_shape, w_stride),
+        HAS_BIAS=has_bias, PRECISION=precision, PDL=pdl, launch_pdl=pdl,
+        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
+def lora_multi_decode(
+    x: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    ids: Tensor,
+    tiles: tuple[str, LaunchConfig],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``y = x W^T + bias + u`` in the dtype of x, contiguous; u only where a row has an adapter.
+
+    Args:
+        x (Tensor): ``[M, K]``, any strides.
+        weight (Tensor): ``[N, K]`` in the dtype of x, any strides.
+        u (Tensor): fp32 ``[M, N]``, as `lora_multi_expand` gives it.
+        ids (Tensor): int32 ``[M]``, -1 for rows without an adapter.
+        tiles (tuple): of `multi_gemm_tiles`, of kind ``"decode"``.
+        bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
+
+    Returns:
+        Tensor: ``[M, N]``.
+    """
+    launch = _decode_plan(
+        tiles[1], x.shape, x.stride(), weight.shape, weight.stride(), x.device, bias is not None,
+        dot_precision(x.dtype, x.shape[1]),
+    )  # fmt: skip
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    launch(x, weight, y, u, bias, ids)
     return y
