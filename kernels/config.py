@@ -202,12 +202,10 @@ def multi_decode_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchCo
     return LaunchConfig(block_m, block_n, 256 // itemsize, num_warps=4, num_stages=4)
 
 
-def multi_expand_config(block_m: int) -> LaunchConfig:
-    """Tiles of `lora_multi_expand`: ``BLOCK_N`` columns of B for a block of rows, in one step for low ranks.
-
-    Small programs, many of them: the decode kernel begins once all of them have.
-    """
-    return LaunchConfig(block_m, 128, 0, num_warps=4, num_stages=1)
+def multi_expand_config(block_m: int, R: int, itemsize: int) -> LaunchConfig:
+    """Tiles of `lora_multi_expand`: ``BLOCK_N`` columns of B for a block of rows, 8 KB of B at most."""
+    block_n = max(32, min(256, (1 << 13) // (min(rank_step(R, itemsize), 32) * itemsize)))
+    return LaunchConfig(block_m, block_n, 0, num_warps=4, num_stages=1)
 
 
 def multi_shrink_parts(M: int, K: int, num_sms: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .common import (
     add_rank_product,
+    device_properties,
     dot_precision,
     has_pdl,
     let_next_kernel_start,
@@ -29,8 +30,8 @@ def _lora_multi_expand_kernel(
 ):  # fmt: skip
     """``u[m, n] = sum_r s[m, r] B[l, n, r]`` for blocks of rows that share adapter l.
 
-    Grid: ``(blocks of rows, blocks of columns)``; blocks that are not used end at once. The next kernel may
-    begin beside this one, which itself waits for the one that makes s.
+    Grid: ``(blocks of rows, splits of columns)``, few enough to be on the GPU at once with the next kernel,
+    which may begin beside this one; this one waits for the kernel that makes s.
     """
     let_next_kernel_start(PDL)
     start = tl.load(starts_ptr + tl.program_id(0))
@@ -40,19 +41,34 @@ def _lora_multi_expand_kernel(
         here = position < M
         here &= tl.load(sorted_ids_ptr + position, mask=here, other=-1) == slot
         offs_m = tl.load(order_ptr + position, mask=here, other=0).to(tl.int64)
-        offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         rank = rank_of(ranks_ptr, slot, R)
         wait_for_previous_kernel(PDL)
-        acc = add_rank_product(
-            tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), s_ptr, b_ptr + slot * stride_bl,
-            offs_m, here[:, None], offs_n, N, rank, rank,
-            stride_sp, stride_sm, stride_bn, stride_br, DTYPE, PRECISION, PARTS, BLOCK_R,
-        )  # fmt: skip
-        tl.store(
-            u_ptr + offs_m[:, None] * N + offs_n[None, :],
-            acc,
-            mask=here[:, None] & (offs_n[None, :] < N),
-        )
+        for n in range(tl.program_id(1) * BLOCK_N, N, tl.num_programs(1) * BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N).to(tl.int64)
+            u = add_rank_product(
+                tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
+                s_ptr,
+                b_ptr + slot * stride_bl,
+                offs_m,
+                here[:, None],
+                offs_n,
+                N,
+                rank,
+                rank,
+                stride_sp,
+                stride_sm,
+                stride_bn,
+                stride_br,
+                DTYPE,
+                PRECISION,
+                PARTS,
+                BLOCK_R,
+            )  # [BLOCK_M, BLOCK_N]
+            tl.store(
+                u_ptr + offs_m[:, None] * N + offs_n[None, :],
+                u,
+                mask=here[:, None] & (offs_n[None, :] < N),
+            )
     else:  # complete only when the kernel before is: the next one waits for this one alone
         wait_for_previous_kernel(PDL)
 
@@ -70,14 +86,15 @@ def _plan(
     precision: str,
 ) -> Launch:
     (parts, M, R), N = s_shape, b_shape[1]
-    c = multi_expand_config(block_m)
+    c = multi_expand_config(block_m, R, dtype.itemsize)
+    splits = max(1, min(cdiv(N, c.BLOCK_N), 4 * device_properties(device)[1] // blocks))
     pdl = has_pdl(device)
     names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     return Launch(
-        _lora_multi_expand_kernel, (blocks, cdiv(N, c.BLOCK_N)), device,
+        _lora_multi_expand_kernel, (blocks, splits), device,
         M, N, R, *s_stride[:2], *strides(b_shape, b_stride),
         DTYPE=names[dtype], PARTS=parts, PRECISION=precision, PDL=pdl, launch_pdl=pdl,
-        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_R=rank_step(R, dtype.itemsize),
+        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_R=min(rank_step(R, dtype.itemsize), 32),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
 

@@ -320,10 +320,14 @@ def multi_launches(
 
     def product(x: Tensor, weight: Tensor, right: Tensor, **options: Any) -> None:
         plan = gemm.multi_gemm_tiles(x, weight, R if case.dropout else None)
-        width = min(slots, plan[1].BLOCK_M)
-        tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)
         parts = config.multi_shrink_parts(M, K, 132) if plan[0] == "decode" else 1
         s = new((parts, M, R), dtype=dtype if parts == 1 else torch.float32)
+        if plan[0] == "decode":
+            u = modules["multi_expand"].lora_multi_expand(s, right, ranks, rows, 16, dtype)
+            gemm.lora_multi_decode(x, weight, u, ids, plan, **options)
+            return
+        width = min(slots, plan[1].BLOCK_M)
+        tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)
         gemm.lora_multi_gemm(x, weight, s, right, ranks, (ids, tiles), plan, **options)
 
     return {
