@@ -11,7 +11,7 @@ Two GPUs (NCCL), four layers of Llama-3.1-8B's sizes:
 
 Weights, adapters and prompts are random. Each rank has its heads, its part of the MLP and of the output
 embedding, its slices of all adapters in a bank of its own, and the whole input embedding. A step is one
-token for each row: two all-reduces a layer, and one all-gather of each rank's best tokens.
+token for each row: two all-reduces a layer, and a small one for the best tokens of all ranks.
 """
 
 from __future__ import annotations
@@ -215,16 +215,17 @@ class Decoder:
         self.position += 1
 
     def _best_tokens(self, logits: Tensor) -> Tensor:
-        """The largest logit's token; of a cut vocabulary, each rank's best, gathered and compared."""
+        """The largest logit's token; of a cut vocabulary, the best of each rank's best."""
         values, tokens = logits.max(-1, keepdim=True)
         if not self.sharded:
             return tokens
-        tokens = tokens + dist.get_rank() * logits.shape[-1]
+        rank = dist.get_rank()
+        tokens = tokens + rank * logits.shape[-1]
         # As fp32, which holds any token's number below 2**24, in one collective.
-        mine = torch.stack((values.float(), tokens.float()))
-        gathered = mine.new_empty(self.ranks, *mine.shape)
-        dist.all_gather(list(gathered), mine)
-        values, tokens = gathered.unbind(1)
+        best = torch.zeros(self.ranks, 2, *values.shape, device=self.device)
+        best[rank, 0], best[rank, 1] = values, tokens
+        dist.all_reduce(best)
+        values, tokens = best.unbind(1)
         return tokens.gather(0, values.argmax(0, keepdim=True))[0].long()
 
     def step(self) -> None:
