@@ -349,6 +349,9 @@ def trajectory(
         decoder.start(prompt)
         for i in range(count):
             logits.append(whole(decoder.logits, decoder.sharded).cpu())
+            chosen = logits[-1].gather(1, decoder.tokens.cpu())
+            if not torch.equal(chosen, logits[-1].amax(1, keepdim=True)):
+                raise SystemExit("a step did not choose the tokens of the largest logits")
             if follow is not None:
                 decoder.tokens.copy_(follow[i])
             tokens.append(decoder.tokens.clone())
