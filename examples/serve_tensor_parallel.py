@@ -20,43 +20,29 @@ import argparse
 import contextlib
 import gc
 import json
-import os
 import platform
-import resource
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 import triton
+from finetune_distributed import (
+    SIZES,
+    device_name,
+    everywhere,
+    peak_mib,
+    process_group,
+    synchronize,
+)
 from torch import Tensor, nn
 
 import fastlora
 from fastlora.distributed import shard_adapter, shard_linears
 
-T = TypeVar("T")
-
-SIZES = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 2,
-        "vocab_size": 256,
-    },
-    "llama-3.1-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 32,
-        "vocab_size": 128256,
-    },
-}
 COLWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 ROWWISE = ("o_proj", "down_proj")
 ADAPTED = (*COLWISE[:-1], *ROWWISE)
@@ -66,6 +52,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 LEAST_EFFECT = 2.0
 REPEATS = 5
 CHECKED = 4
+SHIFTS = (0, 1)
 
 
 def parse_args() -> argparse.Namespace:
@@ -88,9 +75,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--json", help="where rank 0 writes the figures")
     args = parser.parse_args()
-    for name in ("rows", "adapters", "rank", "prompt", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name, least in (("rows", 2), ("adapters", 1), ("rank", 1), ("prompt", 1), ("steps", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     return args
 
 
@@ -126,8 +113,8 @@ def adapter(
     return tensors
 
 
-def requests(args: argparse.Namespace, shift: int) -> list[str | None]:
-    """An adapter for each row; each eighth row has none."""
+def requests(args: argparse.Namespace, shift: int = 0) -> list[str | None]:
+    """An adapter for each row; each eighth row has none. A shift is what a captured graph must follow."""
     names = (f"adapter-{(row + shift) % args.adapters}" for row in range(args.rows))
     return [None if row % 8 == 0 else name for row, name in enumerate(names)]
 
@@ -272,23 +259,19 @@ class Timing:
     """Their share of the time of the profiled steps."""
 
 
-def agreed(text: str, sharded: bool) -> str:
-    """The first non-empty text of all ranks."""
-    return next(filter(None, everywhere(text) if sharded else [text]), "")
-
-
 def measure(decoder: Decoder, prompt: Tensor) -> Timing:
     """Times of a step; leaves the decoder with its graph, if it has one."""
     args, device, sharded = decoder.args, decoder.device, decoder.sharded
     release_memory(
         device
     )  # the peak is that of serving: a whole model stood here before it was cut
-    with decoder.using(requests(args, 0)):
+    with decoder.using(requests(args)):
         decoder.start(prompt[:3])  # compiles, and connects the ranks
         why = "--eager" if args.eager else "no GPU" if device.type == "cpu" else ""
         if not why:
             synchronize(device)
-            why = agreed(decoder.capture(), sharded)
+            why = decoder.capture()
+            why = next(filter(None, everywhere(why)), "") if sharded else why
             if why:  # graphs of some ranks alone would wait for the others
                 decoder.close()
         decoder.start(prompt)
@@ -384,11 +367,6 @@ class Expected:
     """Of the row that its adapter changes least: how far from the frozen model."""
 
 
-def mixtures(args: argparse.Namespace) -> list[list[str | None]]:
-    """What is timed, and the same slots in other rows, which a captured graph must follow."""
-    return [requests(args, 0), requests(args, 1)]
-
-
 def one_process(
     args: argparse.Namespace, device: torch.device, prompt: Tensor
 ) -> tuple[Timing, Expected | None]:
@@ -396,16 +374,14 @@ def one_process(
     timing = measure(decoder, prompt)
     expected = None
     if args.check:
-        runs = [trajectory(decoder, names, prompt, None) for names in mixtures(args)]
-        effects = []
-        for names, (logits, tokens) in zip(mixtures(args), runs, strict=True):
+        mixtures = [requests(args, shift) for shift in SHIFTS]
+        runs = [trajectory(decoder, names, prompt, None) for names in mixtures]
+        effect = float("inf")
+        for names, (logits, tokens) in zip(mixtures, runs, strict=True):
             frozen, _ = trajectory(decoder, [None] * args.rows, prompt, tokens)
             adapted = torch.tensor([name is not None for name in names])
-            if adapted.any():
-                effects.append(float(distances(logits, frozen)[adapted].min()))
-        expected = Expected(
-            [r[0] for r in runs], [r[1] for r in runs], min(effects, default=float("inf"))
-        )
+            effect = min(effect, float(distances(logits, frozen)[adapted].min()))
+        expected = Expected([r[0] for r in runs], [r[1] for r in runs], effect)
     decoder.close()
     del decoder
     release_memory(device)
@@ -415,13 +391,13 @@ def one_process(
 def compare(decoder: Decoder, prompt: Tensor, expected: Expected | None) -> float:
     """The largest relative distance of a row's logits from one process; on rank 0, which knows those."""
     args, worst = decoder.args, 0.0
-    for i, names in enumerate(mixtures(args)):
+    for i, shift in enumerate(SHIFTS):
         count = min(CHECKED, args.steps + 1)
         follow = torch.empty(count, args.rows, 1, dtype=torch.int64, device=decoder.device)
         if expected is not None:
             follow.copy_(expected.tokens[i])
         dist.broadcast(follow, src=0)
-        logits, _ = trajectory(decoder, names, prompt, follow)
+        logits, _ = trajectory(decoder, requests(args, shift), prompt, follow)
         if expected is not None:
             found = distances(logits, expected.logits[i]).max()
             worst = max(worst, float(found.nan_to_num(nan=float("inf"))))
@@ -448,78 +424,67 @@ def run(args: argparse.Namespace, device: torch.device) -> bool:
     decoder.close()
 
     equal = True
-    if rank == 0:
-        assert alone is not None
-        step = max(statistics.median(t.seconds) for t in timings)
-        step_alone = statistics.median(alone.seconds)
-        tolerance = TOLERANCES[getattr(torch, args.dtype)]
-        print(f"{args.lora}, {ranks} x {device_name(device)}, torch {torch.__version__}")
-        print(f"{args.rows} rows, {args.adapters} adapters of rank {args.rank}")
-        for count, seconds, one in ((1, step_alone, alone), (ranks, step, timing)):
-            how = "CUDA graph" if one.graph else f"eager: {one.why_no_graph}"
-            print(
-                f"{count} process(es): {1e3 * seconds:.3f} ms a step, "
-                f"{args.rows / seconds:,.0f} tokens/s ({how})"
-            )
-        print(f"speed-up: {step_alone / step:.2f}")
-        kind = "allocated" if device.type == "cuda" else "resident, the whole process"
-        peaks = ", ".join(f"{t.peak_mib:,.0f} MiB" for t in timings)
-        print(f"peak memory a rank ({kind}): {peaks}; one process: {alone.peak_mib:,.0f} MiB")
-        shares = ", ".join(f"{100 * t.collectives:.0f} %" for t in timings)
-        print(f"collectives, by rank: {shares} of the time of a step")
-        if error is not None and expected is not None:
-            equal = error <= tolerance
-            verdict = "equal to" if equal else "DIFFERENT from"
-            print(
-                f"{verdict} one process: logits of a row differ by at most {error:.2g} of their norm, "
-                f"tolerance {tolerance:.2g}"
-            )
-            if args.lora == "fastlora":
-                told = expected.effect >= LEAST_EFFECT * tolerance
-                equal = equal and told
-                print(f"each adapter changes its row by {expected.effect:.2g} of that or more")
-                if not told:
-                    print("TOO LITTLE: a wrong adapter could pass this check")
-        if args.json:
-            figures = {
-                "args": vars(args),
-                "ranks": ranks,
-                "device": device_name(device),
-                "versions": versions(device),
-                "rows": args.rows,
-                "adapters": args.adapters,
-                "distinct_adapters_of_a_batch": len(set(requests(args, 0)) - {None}),
-                "tokens_per_second": args.rows / step,
-                "ms_per_step": 1e3 * step,
-                "ms_per_step_by_rank": [[1e3 * s for s in t.seconds] for t in timings],
-                "cuda_graph": timing.graph,
-                "why_no_cuda_graph": timing.why_no_graph,
-                "peak_mib": [t.peak_mib for t in timings],
-                "collectives_share": [t.collectives for t in timings],
-                "one_process": {
-                    "tokens_per_second": args.rows / step_alone,
-                    "ms_per_step": 1e3 * step_alone,
-                    "ms_per_step_by_repeat": [1e3 * s for s in alone.seconds],
-                    "cuda_graph": alone.graph,
-                    "why_no_cuda_graph": alone.why_no_graph,
-                    "peak_mib": alone.peak_mib,
-                },
-                "speedup": step_alone / step,
-                "largest_relative_error": error,
-                "tolerance": tolerance,
-                "least_effect_of_an_adapter": expected.effect if expected is not None else None,
-                "equal": equal if args.check else None,
-            }
-            with open(args.json, "w", encoding="utf-8") as file:
-                json.dump(figures, file, indent=2)
+    if alone is not None:
+        equal = report(args, device, alone, timings, expected, error)
     verdicts = [equal]
     dist.broadcast_object_list(verdicts, src=0)
     return verdicts[0]
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def report(
+    args: argparse.Namespace,
+    device: torch.device,
+    alone: Timing,
+    timings: list[Timing],
+    expected: Expected | None,
+    error: float | None,
+) -> bool:
+    """Print the figures, write them, and say whether the ranks equal one process."""
+    one, all_ranks = throughput(args, [alone]), throughput(args, timings)
+    figures = {
+        "args": vars(args),
+        "ranks": len(timings),
+        "device": device_name(device),
+        "versions": versions(device),
+        "distinct_adapters_of_a_batch": len(set(requests(args)) - {None}),
+        **all_ranks,
+        "collectives_share": [t.collectives for t in timings],
+        "one_process": one,
+        "speedup": one["ms_per_step"] / all_ranks["ms_per_step"],
+    }
+    print(f"{args.lora}, {len(timings)} x {device_name(device)}, torch {torch.__version__}")
+    print(f"{args.rows} rows, {args.adapters} adapters of rank {args.rank}")
+    kind = "allocated" if device.type == "cuda" else "resident, the whole process"
+    for of in (one, all_ranks):
+        how = "CUDA graph" if of["cuda_graph"] else f"eager: {of['why_no_cuda_graph']}"
+        peaks = ", ".join(f"{peak:,.0f} MiB" for peak in of["peak_mib"])
+        print(
+            f"{len(of['peak_mib'])} process(es): {of['ms_per_step']:.3f} ms a step, "
+            f"{of['tokens_per_second']:,.0f} tokens/s ({how}); peak memory ({kind}): {peaks}"
+        )
+    shares = ", ".join(f"{100 * t.collectives:.0f} %" for t in timings)
+    print(f"speed-up: {figures['speedup']:.2f}; collectives, by rank: {shares} of a step's time")
+    equal = True
+    if error is not None and expected is not None:
+        tolerance = TOLERANCES[getattr(torch, args.dtype)]
+        told = args.lora == "none" or expected.effect >= LEAST_EFFECT * tolerance
+        equal = error <= tolerance and told
+        print(
+            f"{'equal to' if error <= tolerance else 'DIFFERENT from'} one process: logits of a row "
+            f"differ by at most {error:.2g} of their norm, tolerance {tolerance:.2g}; an adapter "
+            f"changes its row by {expected.effect:.2g} or more"
+            + ("" if told else ": TOO LITTLE, a wrong adapter could pass")
+        )
+        figures |= {
+            "equal": equal,
+            "largest_relative_error": error,
+            "tolerance": tolerance,
+            "least_effect_of_an_adapter": expected.effect,
+        }
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+    return equal
 
 
 def release_memory(device: torch.device) -> None:
@@ -529,23 +494,17 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def everywhere(value: T) -> list[T]:
-    """The values of all ranks, on every rank."""
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()})"
+def throughput(args: argparse.Namespace, timings: list[Timing]) -> dict[str, Any]:
+    """Figures of the ranks that computed together; the slowest sets the pace."""
+    step = max(statistics.median(t.seconds) for t in timings)
+    return {
+        "tokens_per_second": args.rows / step,
+        "ms_per_step": 1e3 * step,
+        "ms_per_step_by_rank": [[1e3 * s for s in t.seconds] for t in timings],
+        "cuda_graph": timings[0].graph,
+        "why_no_cuda_graph": timings[0].why_no_graph,
+        "peak_mib": [t.peak_mib for t in timings],
+    }
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -563,21 +522,8 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def main() -> None:
     args = parse_args()
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        os.environ.setdefault(name, value)  # without torchrun: one process
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29512")
-    on_gpu = torch.cuda.is_available() and not args.cpu
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    try:
+    with process_group(args.cpu) as device:
         equal = run(args, device)
-    finally:
-        dist.destroy_process_group()
     if not equal:
         raise SystemExit(1)
 
