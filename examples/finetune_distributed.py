@@ -13,6 +13,7 @@ Two GPUs (NCCL), four layers of Llama-3.1-8B's sizes:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -20,6 +21,7 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -327,24 +329,30 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({platform.machine()})"
 
 
-def main() -> None:
-    args = parse_args()
+@contextlib.contextmanager
+def process_group(cpu: bool) -> Iterator[torch.device]:
+    """This rank's device, in a group of the ranks that torchrun started; without it, one process."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        os.environ.setdefault(name, value)  # without torchrun: one process
+        os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29511")
-    on_gpu = torch.cuda.is_available() and not args.cpu
+    on_gpu = torch.cuda.is_available() and not cpu
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if on_gpu:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
     try:
-        equal = run(args, device)
+        yield device
     finally:
         dist.destroy_process_group()
+
+
+def main() -> None:
+    args = parse_args()
+    with process_group(args.cpu) as device:
+        equal = run(args, device)
     if not equal:
         raise SystemExit(1)
 

@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
+from fastlora.distributed_serving import shard_adapter, shard_linears
 from fastlora.functional import lora_linear
 from fastlora.modules import LoRALinear
 from fastlora.reference import draw_seed
 
-__all__ = ["ColwiseLoRA", "RowwiseLoRA", "average_gradients"]
+__all__ = ["ColwiseLoRA", "RowwiseLoRA", "average_gradients", "shard_adapter", "shard_linears"]
 
 _MASK_64 = 0xFFFFFFFFFFFFFFFF
 

@@ -82,12 +82,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 class HelperFinder(importlib.abc.MetaPathFinder):
     """Makes `import peft_cases` work in tests: importlib mode leaves this folder off sys.path."""
 
+    NAMES = ("launch_ranks", "peft_cases")
+
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
-        if name != "peft_cases":
+        if name not in self.NAMES:
             return None
-        return importlib.util.spec_from_file_location(
-            name, Path(__file__).with_name("peft_cases.py")
-        )
+        return importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
 
 
 sys.meta_path.append(HelperFinder())

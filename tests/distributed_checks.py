@@ -26,7 +26,13 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import reference
-from fastlora.distributed import ColwiseLoRA, RowwiseLoRA, average_gradients
+from fastlora.distributed import (
+    ColwiseLoRA,
+    RowwiseLoRA,
+    average_gradients,
+    shard_adapter,
+    shard_linears,
+)
 
 WIDTH, HIDDEN, RANK_R, STEPS = 16, 24, 4, 3
 # torch 2.6: FSDP2 asks a stream of the CPU for what it lacks.
@@ -642,6 +648,49 @@ def tp_names_what_is_wrong(folder):
         parallelize_module(make_model(), square, PLAN)
 
 
+def mixed_adapters_generate_as_in_one_process(folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=1, vocab_size=64, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).eval()
+    names = (("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj"))
+    targets = names[0] + names[1]
+    adapters = []
+    for _ in range(2):
+        shapes = {n: m.weight.shape for n, m in base.named_modules() if n.endswith(targets)}
+        adapters.append({f"{n}.lora_A": torch.randn(4, shape[1]) for n, shape in shapes.items()})
+        adapters[-1] |= {f"{n}.lora_B": torch.randn(shape[0], 4) for n, shape in shapes.items()}
+    prompts = torch.randint(1, 64, (3, 4))
+    outputs = []
+    for cut in (False, True):
+        model = copy.deepcopy(base)
+        if cut:
+            shard_linears(model, *names)
+        bank = fastlora.AdapterBank(model, slots=2, max_rank=4, target_modules=targets)
+        for i, tensors in enumerate(adapters):
+            tensors = shard_adapter(tensors, *names) if cut else tensors
+            bank.add(str(i), tensors, config={"lora_alpha": 1})
+        fastlora.serve(model, bank)
+        outputs.append(
+            model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=3,
+                do_sample=False, output_logits=True, return_dict_in_generate=True,
+                adapter_ids=["0", None, "1"],
+            )
+        )  # fmt: skip
+    alone, cut = outputs
+    assert torch.equal(alone.sequences, cut.sequences)
+    torch.testing.assert_close(cut.logits, alone.logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        frozen = base(prompts).logits[:, -1]
+    changed = (alone.logits[0] - frozen).abs().amax(1) > 1e-2
+    assert changed.tolist() == [True, False, True]
+
+
 def dtensors_in_lora_linear(folder):
     """Right values and gradients where torch can compute them, otherwise an error: never a wrong one."""
     mesh = mesh_of_two()
@@ -723,6 +772,7 @@ CHECKS = (
     tp_clips_gradients,
     tp_copies,
     tp_names_what_is_wrong,
+    mixed_adapters_generate_as_in_one_process,
     dtensors_in_lora_linear,
 )
 
