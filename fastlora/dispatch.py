@@ -257,7 +257,7 @@ def embedding_problem_for(
     """
     problem = problem_for(weight, weight, lora_A, lora_B)
     if problem:  # of the table, which stands where a linear has x
-        return _of_a_table(problem)
+        return str(_of_a_table(problem))
     if ids is None:
         return ""
     if type(ids) is not Tensor:
