@@ -257,7 +257,7 @@ def embedding_problem_for(
     """
     problem = problem_for(weight, weight, lora_A, lora_B)
     if problem:  # of the table, which stands where a linear has x
-        return re.sub(r"\bx\b", "weight", problem)
+        return str(_of_a_table(problem))
     if ids is None:
         return ""
     if type(ids) is not Tensor:
@@ -270,6 +270,11 @@ def embedding_problem_for(
 def is_forced() -> bool:
     """Whether a block of `force` is active in this thread."""
     return _forced.path is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _of_a_table(problem: str) -> str:
+    return re.sub(r"\bx\b", "weight", problem)
 
 
 @contextlib.contextmanager

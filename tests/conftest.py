@@ -79,6 +79,37 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
+def check_strides_in_bytes() -> None:
+    """Make the interpreter of Triton 3.4 and 3.5 take the descriptors that its compiler takes.
+
+    It asks for rows that are a multiple of 16 elements apart, where the compiler, and the interpreter
+    from 3.6 on, ask for 16 bytes.
+    """
+    try:
+        import triton
+    except ImportError:
+        return
+    if not triton.__version__.startswith(("3.4.", "3.5.")):
+        return
+    from triton.runtime.interpreter import TensorDescHandle
+
+    def validate(self: Any) -> None:
+        itemsize = self.base.dtype.element_ty.primitive_bitwidth // 8
+        *rows, last = (int(stride.data.item()) for stride in self.strides)
+        assert self.base.data.item() % 16 == 0, "base must be 16-byte aligned"
+        assert len(self.strides) == len(self.block_shape) == self.ndim
+        assert all(stride * itemsize % 16 == 0 for stride in rows), (
+            "strides must be 16-byte aligned"
+        )
+        assert last == 1, "last dim must be contiguous"
+
+    TensorDescHandle.validate = validate
+
+
+if not HAS_CUDA:
+    check_strides_in_bytes()
+
+
 class HelperFinder(importlib.abc.MetaPathFinder):
     """Makes `import peft_cases` work in tests: importlib mode leaves this folder off sys.path."""
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import dispatch
 
-ops = pytest.importorskip("fastlora.ops", reason="needs Triton")
+ops = pytest.importorskip("fastlora.ops", reason="needs Triton", exc_type=ImportError)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DOC = Path(__file__).resolve().parent.parent / "docs" / "torch_compile.md"

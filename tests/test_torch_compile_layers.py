@@ -15,9 +15,11 @@ from torch._dynamo.utils import counters
 import fastlora
 from fastlora import dispatch, embedding, merged_linear
 
-ops_embedding = pytest.importorskip("fastlora.ops_embedding", reason="needs Triton")
-ops_merged = pytest.importorskip("fastlora.ops_merged", reason="needs Triton")
-ops_shrink = pytest.importorskip("fastlora.ops_shrink", reason="needs Triton")
+ops_embedding = pytest.importorskip(
+    "fastlora.ops_embedding", reason="needs Triton", exc_type=ImportError
+)
+ops_merged = pytest.importorskip("fastlora.ops_merged", reason="needs Triton", exc_type=ImportError)
+ops_shrink = pytest.importorskip("fastlora.ops_shrink", reason="needs Triton", exc_type=ImportError)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 WIDTHS, ENABLED, BOUNDS = (16, 8, 24), (True, False, True), [0, 16, 24, 48]

@@ -15,7 +15,7 @@ import fastlora
 from fastlora import AdapterStack, adapter_products, dispatch, routing_ops
 from fastlora.kernels import config
 
-ops_multi = pytest.importorskip("fastlora.ops_multi", reason="needs Triton")
+ops_multi = pytest.importorskip("fastlora.ops_multi", reason="needs Triton", exc_type=ImportError)
 
 F32, F16 = torch.float32, torch.float16
 LEAVES = ("x", "weight", "bias", "lora_A", "lora_B")

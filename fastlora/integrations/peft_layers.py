@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from fastlora.dispatch import problem_for
@@ -187,7 +187,12 @@ def _base_problem(base: nn.Module) -> str | None:
 
 def caller_problem() -> str | None:
     """Why the fused op cannot stand for several modules and ops here; None if it can."""
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if (  # torch's own _has_any_global_hook is newer than torch 2.6
+        torch_module._global_forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_backward_pre_hooks
+        or torch_module._global_backward_hooks
+    ):
         return "hooks on all modules are registered, and inner modules would miss them"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a torch.func transform or forward-mode AD is active"
