@@ -20,7 +20,7 @@ from torch import Tensor
 _INVALID_CONTEXT = 201
 _PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _L2_PROMOTION_128B = 2
-_MAP_BYTES, _MAX_MAPS = 128, 512
+_MAP_BYTES, _MAX_MAPS = 128, 4096
 _SCALARS = {"fp32": ("f", 4), "i32": ("i", 4), "i64": ("q", 8)}
 _TMA_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
 
@@ -108,8 +108,8 @@ class DirectLaunch:
     """One compiled kernel with a grid and sizes; use `direct_launch` to make it."""
 
     __slots__ = (
-        "_buffer", "_config", "_config_address", "_function", "_held", "_lock", "_maps", "_meta", "_offset",
-        "_pack", "_pointers", "_taken",
+        "_blobs", "_buffer", "_config", "_config_address", "_function", "_held", "_lock", "_maps", "_meta",
+        "_numbers", "_offset", "_pack", "_parameters", "_pointers",
     )  # fmt: skip
 
     def __init__(
@@ -129,21 +129,23 @@ class DirectLaunch:
         base = ctypes.addressof(raw) + start
         pointers = (ctypes.c_void_p * len(layout))(*(base + offset for offset, _ in layout))
         scalars: list[tuple[int, str, int]] = []  # offset, format, position
-        self._maps: list[tuple[int, int, int, dict[tuple[int, int], bytes]]] = []
+        self._maps: list[tuple[int, int]] = []  # position, offset
+        self._blobs: dict[tuple[int, ...], bytes] = {}
         for (position, kind, _), (offset, _) in zip(expected, layout, strict=False):
             if kind == "map":
-                self._maps.append((position, offset, len(self._maps), {}))
+                self._maps.append((position, offset))
             elif kind != "in map" and position < arguments:
                 scalars.append((offset, kind, position))
             elif kind != "in map":
                 struct.pack_into(f"<{kind}", self._buffer, offset, sizes[position - arguments])
-        # One run of bytes, which the padding between its values may overwrite.
+        # One run of bytes, pointers before numbers, which the padding between them may overwrite.
         self._offset, text, at = (scalars[0][0] if scalars else 0), "<", None
         for offset, kind, _ in scalars:
             text += f"{offset - at}x" if at is not None and offset > at else ""
             text, at = text + kind, offset + struct.calcsize(f"<{kind}")
         self._pack = struct.Struct(text).pack_into
-        self._taken = tuple(position for _, _, position in scalars)
+        self._pointers = tuple(position for _, kind, position in scalars if kind == "Q")
+        self._numbers = tuple(position for _, kind, position in scalars if kind != "Q")
         self._meta = [(m["swizzle"], tuple(m["block_size"])) for m in _descriptors(made)]
         metadata = made.metadata
         attribute = _Attribute(_PDL, 0, 1)
@@ -152,37 +154,58 @@ class DirectLaunch:
             ctypes.addressof(attribute), 1 if metadata.launch_pdl else 0,
         )  # fmt: skip
         self._config, self._config_address = config, ctypes.addressof(config)
-        self._function, self._pointers = made.function, ctypes.addressof(pointers)
+        self._function, self._parameters = made.function, ctypes.addressof(pointers)
         self._held = (raw, pointers, attribute, made)  # what the addresses above point into
         self._lock = threading.Lock()
 
-    def __call__(self, stream: int, args: tuple[Any, ...], values: list[Any]) -> None:
+    def __call__(self, stream: int, args: tuple[Any, ...]) -> None:
         """Launch.
 
         Args:
             stream (int): the stream's handle.
             args (tuple): the leading arguments; tensors stand for their descriptors.
-            values (list): the same as numbers: addresses, floats, ints; ``None`` where there is none.
         """
+        self.launch(stream, args, [args[i].data_ptr() for i in self._pointers])
+
+    def launch_aligned(self, stream: int, args: tuple[Any, ...]) -> bool:
+        """Launch if every pointer is a multiple of 16, as the kernel was compiled for; say whether."""
+        pointers = [args[i].data_ptr() for i in self._pointers]
+        together = 0
+        for pointer in pointers:
+            together |= pointer
+        if together & 15:
+            return False
+        self.launch(stream, args, pointers)
+        return True
+
+    def launch(self, stream: int, args: tuple[Any, ...], pointers: list[int]) -> None:
+        """Write what this launch's own parameters are, and call the driver."""
         with self._lock:  # a second thread would overwrite the parameters before they are read
-            for position, offset, index, known in self._maps:
-                t = args[position]
-                key = (values[position], t.stride(0))
-                blob = known.get(key)
+            if (
+                self._maps
+            ):  # they come first, and the arguments of a kernel that has some are their tensors
+                key = tuple([t.data_ptr() for t in args[: len(self._maps)]])
+                blob = self._blobs.get(key)
                 if blob is None:
-                    blob = self._encode(t, index)
-                    if len(known) >= _MAX_MAPS:
-                        known.clear()
-                    known[key] = blob
-                self._buffer[offset : offset + len(blob)] = blob
-            self._pack(self._buffer, self._offset, *[values[i] for i in self._taken])
+                    blob = self._remember_maps(key, args)
+                self._buffer[: len(blob)] = blob
+            self._pack(self._buffer, self._offset, *pointers, *[args[i] for i in self._numbers])
             self._config.stream = stream
-            code = _launch_kernel(self._config_address, self._function, self._pointers, None)
+            code = _launch_kernel(self._config_address, self._function, self._parameters, None)
             if code == _INVALID_CONTEXT:  # a thread that has not used the GPU yet
                 torch._C._cuda_setDevice(torch._C._cuda_getDevice())
-                code = _launch_kernel(self._config_address, self._function, self._pointers, None)
+                code = _launch_kernel(self._config_address, self._function, self._parameters, None)
         if code:
             _check(code, "launching a kernel")
+
+    def _remember_maps(self, key: tuple[int, ...], args: tuple[Any, ...]) -> bytes:
+        blob = b""
+        for index, (position, offset) in enumerate(self._maps):
+            blob = blob.ljust(offset, b"\0") + self._encode(args[position], index)
+        if len(self._blobs) >= _MAX_MAPS:
+            self._blobs.clear()
+        self._blobs[key] = blob
+        return blob
 
     def _encode(self, t: Tensor, index: int) -> bytes:
         """The tensor map of a matrix, and the shape and strides that Triton puts behind it."""
@@ -208,8 +231,8 @@ def _descriptors(made: Any) -> list[dict[str, Any]]:
     return getattr(made.metadata, "tensordesc_meta", None) or []
 
 
-def _launch_kernel(*args: Any) -> int:
-    code: int = _driver().cuLaunchKernelEx(*args)
+def _launch_kernel(config: int, function: int, parameters: int, extra: None) -> int:
+    code: int = _driver().cuLaunchKernelEx(config, function, parameters, extra)
     return code
 
 
@@ -253,6 +276,11 @@ def direct_launch(
     tensor_maps = sum(kind == "map" for _, kind, _ in expected)
     leading = [i for i, (p, kind, _) in enumerate(expected) if p < arguments and "map" not in kind]
     if len(_descriptors(made)) != tensor_maps or (maps and leading and maps[-1] > leading[0]):
+        return None
+    if [p for p, kind, _ in expected if kind == "map"] != list(range(tensor_maps)):
+        return None
+    kinds = "".join(expected[i][1] for i in leading)
+    if kinds.rstrip("fiq").strip("Q"):  # a number before a pointer
         return None
     for i in maps:  # shape and strides lie behind the map without a gap
         if expected[i][1] == "map" and [o - layout[i][0] for o, _ in layout[i : i + 5]] != [

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .direct import direct_launch
+from .direct import DirectLaunch, direct_launch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -95,13 +95,16 @@ class Launch:
         grid (tuple[int, ...]): programs in each dimension, one or two of them or three.
         device (torch.device): where the tensors are.
         *sizes: the kernel's integers.
+        fixed (bool): the plan's key fixes which arguments are ``None`` and the types of all others, so that
+            a call need not look. Default: ``False``.
         boxes (tuple[tuple[int, int], ...]): the blocks of the first arguments, where these are descriptors
-            to the kernel: their tensors must fit TMA, and each plan's have one shape. Default: ``()``.
+            to the kernel: their tensors must fit TMA, and the plan's key fixes shapes and strides. Default:
+            ``()``.
         **options: its constexpr parameters, and launch options.
     """
 
     __slots__ = (
-        "_boxes", "_device", "_found", "_grid", "_kernel", "_options", "_sizes"
+        "_boxes", "_device", "_fixed", "_found", "_grid", "_kernel", "_options", "_ready", "_sizes"
     )  # fmt: skip
 
     def __init__(
@@ -110,12 +113,14 @@ class Launch:
         grid: tuple[int, ...],
         device: torch.device,
         *sizes: int,
+        fixed: bool = False,
         boxes: tuple[tuple[int, int], ...] = (),
         **options: Any,
     ) -> None:
         """Prepare what calls have in common."""
         self._kernel, self._device, self._sizes, self._options = kernel, device, sizes, options
-        self._grid, self._boxes = (*grid, 1, 1)[:3], boxes
+        self._grid, self._boxes, self._fixed = (*grid, 1, 1)[:3], boxes, fixed
+        self._ready: DirectLaunch | None = None
         self._found: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def __call__(self, *args: Any) -> None:
@@ -129,31 +134,31 @@ class Launch:
             with torch.cuda.device(device):
                 self(*args)
             return
+        ready = self._ready
+        if ready is not None and not _profiled():  # noqa: SIM102
+            if ready.launch_aligned(_current_stream(device.index), args):
+                return
         key: list[Any] = []
-        values: list[Any] = []
-        addresses = 0
-        value: Any
-        kind: Any
+        pointers: list[int] = []
         for a in args:
             if a is None:
-                value = kind = None
+                key.append(None)
             elif type(a) is float:  # never specialised on
-                value, kind = a, float
+                key.append(float)
             elif type(a) is int:
-                value, kind = a, _specialised(a)
+                key.append(_specialised(a))
             else:
-                value, kind = a.data_ptr(), a.dtype
-                addresses |= value
-            key.append(kind)
-            values.append(value)
-        if addresses & 15:  # Triton compiles for each argument whether it is aligned
-            key += [v & 15 == 0 for a, v in zip(args, values, strict=True) if isinstance(a, Tensor)]
+                key.append(a.dtype)
+                pointers.append(a.data_ptr())
+        alignments = [pointer & 15 == 0 for pointer in pointers]
+        if not all(alignments):  # Triton compiles for each of them whether it is aligned
+            key += alignments
         signature = tuple(key)
         launch = self._found.get(signature)
         if launch is None or _profiled():
             self._launch_anew(signature, args)
             return
-        launch(_current_stream(device.index), args, values)
+        launch(_current_stream(device.index), args)
 
     def _run_anew(self, args: tuple[Any, ...]) -> Any:
         boxes = self._boxes
@@ -181,11 +186,14 @@ class Launch:
             self._remember(signature, made, names, len(args))
 
     def _remember(self, signature: tuple[Any, ...], made: Any, names: Any, given: int) -> None:
-        launch: Callable[..., None] | None = direct_launch(made, self._grid, self._sizes, given)
-        if launch is None:
-            constants = tuple(self._options[name] for name in names[given + len(self._sizes) :])
-            launch = functools.partial(self._through_triton, made, constants)
-        self._found[signature] = launch
+        direct = direct_launch(made, self._grid, self._sizes, given)
+        if direct is not None:
+            self._found[signature] = direct
+            if self._fixed and False not in signature:  # where everything is aligned
+                self._ready = direct
+            return
+        constants = tuple(self._options[name] for name in names[given + len(self._sizes) :])
+        self._found[signature] = functools.partial(self._through_triton, made, constants)
 
     def _through_triton(
         self,
@@ -193,7 +201,6 @@ class Launch:
         constants: tuple[Any, ...],
         stream: int,
         args: tuple[Any, ...],
-        _: list[Any],
     ) -> None:
         """Launch a compiled kernel by Triton's own launcher, without its analysis of the arguments."""
         described = [descriptor(t, list(box)) for t, box in zip(args, self._boxes, strict=False)]

@@ -115,22 +115,27 @@ def _plan(
     w_stride: tuple[int, ...],
     b_shape: tuple[int, ...],
     b_stride: tuple[int, ...],
+    b_dtype: torch.dtype,
     s_stride: int,
     device: torch.device,
-    has_bias: bool,
+    bias_dtype: torch.dtype | None,
     is_aligned: bool,
     precision: str,
-) -> tuple[bool, Launch]:
-    """Whether by TMA, and the launch."""
+) -> tuple[bool, bool, Launch]:
+    """Whether by TMA, whether that can describe s and lora_B as they are, and the launch."""
     (M, K), (N, R), itemsize = shape, b_shape, dtype.itemsize
     major, num_sms = device_properties(device)
-    options: dict[str, Any] = {"HAS_BIAS": has_bias, "PRECISION": precision}
+    options: dict[str, Any] = {
+        "HAS_BIAS": bias_dtype is not None, "PRECISION": precision, "fixed": True,
+    }  # fmt: skip
     dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma(w_shape, w_stride, itemsize)
     if has_tma(major) and precision == "tf32" and is_aligned and dense and N * itemsize % 16 == 0:
         pdl = has_pdl(device)
         c = gemm_tma_config(M, N, itemsize, num_sms, beside=runs_beside(M, N, num_sms))
         tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
-        return True, Launch(
+        described = b_dtype == dtype and rows_fit_tma(b_shape, b_stride, itemsize)
+        described &= rows_fit_tma((M, R), (s_stride, 1), itemsize)
+        return True, described, Launch(
             _lora_forward_tma_kernel, (min(num_sms, tiles),), device, M, N, K, R,
             boxes=gemm_boxes(c, rank_product=True),
             BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
@@ -138,7 +143,7 @@ def _plan(
             PDL=pdl, launch_pdl=pdl, **options,
         )  # fmt: skip
     c, block_r = gemm_pointer_config(itemsize, precision), rank_step(R, itemsize)
-    return False, Launch(
+    return False, True, Launch(
         _lora_forward_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
         M, N, K, R, *strides(shape, stride), *strides(w_shape, w_stride),
         s_stride, *strides(b_shape, b_stride),
@@ -164,13 +169,16 @@ def lora_forward(
         Tensor: ``[M, N]``.
     """
     (M, K), N = x.shape, weight.shape[0]
-    by_tma, launch = _plan(
+    by_tma, described, launch = _plan(
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), lora_B.shape, lora_B.stride(),
-        s.stride(0), x.device, bias is not None, aligned(x, weight), dot_precision(x.dtype, K),
+        lora_B.dtype, s.stride(0), x.device, None if bias is None else bias.dtype, aligned(x, weight),
+        dot_precision(x.dtype, K),
     )  # fmt: skip
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if not by_tma:
+    if by_tma and not (described and aligned(s, lora_B)):
+        return lora_forward(x, weight, for_tma(s, x.dtype), for_tma(lora_B, x.dtype), bias)
+    y = x.new_empty((M, N))
+    if by_tma:
+        launch(x, weight, s, lora_B, y, bias)
+    else:
         launch(x, weight, y, s, lora_B, bias)
-        return y
-    launch(x, weight, for_tma(s, x.dtype), for_tma(lora_B, x.dtype), y, bias)
     return y

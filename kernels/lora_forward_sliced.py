@@ -147,13 +147,14 @@ def _plan(
     w_stride: tuple[int, ...],
     b_shape: tuple[int, ...],
     b_stride: tuple[int, ...],
+    b_dtype: torch.dtype,
     slices: Slices,
     device: torch.device,
     has_bias: bool,
     is_aligned: bool,
     precision: str,
-) -> tuple[bool, Tensor, Launch]:
-    """Whether by TMA, the table of slices, and the launch."""
+) -> tuple[bool, bool, Tensor, Launch]:
+    """Whether by TMA, whether that can describe lora_B as it is, the table of slices, and the launch."""
     (M, K), N, (b_rows, R), itemsize = shape, w_shape[0], b_shape, dtype.itemsize
     major, num_sms = device_properties(device)
     options: dict[str, Any] = {"HAS_BIAS": has_bias, "PRECISION": precision}
@@ -162,9 +163,10 @@ def _plan(
         c = gemm_tma_config(M, N, itemsize, num_sms)
         table = _slice_of_tiles(slices, N, c.BLOCK_N, device)
         if table is not None:
+            described = b_dtype == dtype and rows_fit_tma(b_shape, b_stride, itemsize)
             pdl = has_pdl(device)
             tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
-            return True, table, Launch(
+            return True, described, table, Launch(
                 _lora_forward_sliced_tma_kernel, (min(num_sms, tiles),), device, M, N, K, R,
                 boxes=gemm_boxes(c, rank_product=True),
                 BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
@@ -172,7 +174,7 @@ def _plan(
                 PDL=pdl, launch_pdl=pdl, **options,
             )  # fmt: skip
     c, block_r = gemm_pointer_config(itemsize, precision), rank_step(R, itemsize)
-    return False, _columns_of_slices(slices, device), Launch(
+    return False, True, _columns_of_slices(slices, device), Launch(
         _lora_forward_sliced_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
         M, N, K, R, len(slices), b_rows, *strides(shape, stride), *strides(w_shape, w_stride),
         M * R, R, *strides(b_shape, b_stride),
@@ -205,14 +207,16 @@ def lora_forward_sliced(
         Tensor: ``[M, N]``.
     """
     (M, K), N = x.shape, weight.shape[0]
-    by_tma, table, launch = _plan(
+    by_tma, described, table, launch = _plan(
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), lora_B.shape, lora_B.stride(),
-        tuple(slices), x.device, bias is not None, aligned(x, weight), dot_precision(x.dtype, K),
+        lora_B.dtype, tuple(slices), x.device, bias is not None, aligned(x, weight),
+        dot_precision(x.dtype, K),
     )  # fmt: skip
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if not by_tma:
+    if by_tma and not (described and aligned(lora_B)):
+        return lora_forward_sliced(x, weight, s, for_tma(lora_B, x.dtype), slices, bias)
+    y = x.new_empty((M, N))
+    if by_tma:
+        launch(x, weight, for_tma(s.flatten(0, 1), x.dtype), lora_B, y, bias, table)
+    else:
         launch(x, weight, y, s, lora_B, bias, table)
-        return y
-    rows = for_tma(s.flatten(0, 1), x.dtype)
-    launch(x, weight, rows, for_tma(lora_B, x.dtype), y, bias, table)
     return y

@@ -91,6 +91,7 @@ def _plan(
     dy_shape: tuple[int, ...],
     dy_stride: tuple[int, ...],
     s_stride: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
     device: torch.device,
     has_dropout: bool,
     precision: str,
@@ -101,7 +102,7 @@ def _plan(
     return Launch(
         _lora_grad_ab_kernel, (blocks_a + cdiv(N, c.BLOCK_C),), device,
         M, K, N, R, blocks_a, *strides(shape, stride), ds_stride, *strides(dy_shape, dy_stride), s_stride,
-        HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=has_pdl(device),
+        fixed=True, HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=has_pdl(device),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -133,8 +134,8 @@ def lora_grad_ab(
     """
     (_, K), (_, N), R = x.shape, dy.shape, ds.shape[1]
     launch = _plan(
-        x.shape, x.stride(), x.dtype, R, ds.stride(0), dy.shape, dy.stride(), s.stride(0), x.device,
-        mask is not None, dot_precision(x.dtype),
+        x.shape, x.stride(), x.dtype, R, ds.stride(0), dy.shape, dy.stride(), s.stride(0),
+        (a_dtype, b_dtype), x.device, mask is not None, dot_precision(x.dtype),
     )  # fmt: skip
     da = torch.empty((R, K), dtype=a_dtype, device=x.device)
     db = torch.empty((N, R), dtype=b_dtype, device=x.device)

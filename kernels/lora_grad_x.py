@@ -161,14 +161,15 @@ def _plan(
     w_stride: tuple[int, ...],
     a_shape: tuple[int, ...],
     a_stride: tuple[int, ...],
+    a_dtype: torch.dtype,
     ds_stride: int,
     device: torch.device,
     has_dropout: bool,
     is_aligned: bool,
     precision: str,
     beside: bool,
-) -> tuple[bool, Launch]:
-    """Whether by TMA, and the launch."""
+) -> tuple[bool, bool, Launch]:
+    """Whether by TMA, whether that can describe ds and lora_A as they are, and the launch."""
     (M, N), (R, K), itemsize = shape, a_shape, dtype.itemsize
     major, num_sms = device_properties(device)
     dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma((N, K), w_stride, itemsize)
@@ -181,7 +182,7 @@ def _plan(
     )
     options: dict[str, Any] = {
         "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M,
-        "num_warps": c.num_warps, "num_stages": c.num_stages, "PRECISION": precision,
+        "num_warps": c.num_warps, "num_stages": c.num_stages, "PRECISION": precision, "fixed": True,
     }  # fmt: skip
     tiles = cdiv(M, c.BLOCK_M) * cdiv(K, c.BLOCK_N)
     ranks: dict[str, Any] = {
@@ -190,7 +191,7 @@ def _plan(
     }
     sizes, a_strides = (M, N, K, R), strides(a_shape, a_stride)
     if not by_tma:
-        return False, Launch(
+        return False, True, Launch(
             _lora_grad_x_pointer_kernel, (tiles,), device, *sizes,
             *strides(shape, stride), *strides((N, K), w_stride), ds_stride, *a_strides,
             HAS_DROPOUT=has_dropout, **ranks, **options,
@@ -198,12 +199,18 @@ def _plan(
     pdl, grid = has_pdl(device), (min(num_sms, tiles),)
     options |= {"SUBTILES": c.SUBTILES, "PDL": pdl, "launch_pdl": pdl, "BESIDE": beside}
     if has_dropout:
-        return True, Launch(
+        return True, True, Launch(
             _lora_grad_x_dropout_kernel, grid, device, *sizes, ds_stride, *a_strides,
             boxes=gemm_boxes(c, nk=False), **ranks, **options,
         )  # fmt: skip
     boxes = gemm_boxes(c, nk=False, rank_product=True)
-    return True, Launch(_lora_grad_x_tma_kernel, grid, device, *sizes, boxes=boxes, **options)
+    described = a_dtype == dtype and rows_fit_tma(a_shape, a_stride, itemsize)
+    described &= rows_fit_tma((M, R), (ds_stride, 1), itemsize)
+    return (
+        True,
+        described,
+        Launch(_lora_grad_x_tma_kernel, grid, device, *sizes, boxes=boxes, **options),
+    )
 
 
 def lora_grad_x(
@@ -230,17 +237,20 @@ def lora_grad_x(
         Tensor: ``[M, K]``.
     """
     (M, N), K = dy.shape, lora_A.shape[1]
-    by_tma, launch = _plan(
+    by_tma, described, launch = _plan(
         dy.shape, dy.stride(), dy.dtype, weight.stride(), lora_A.shape, lora_A.stride(),
-        ds.stride(0), dy.device, mask is not None, aligned(dy, weight), dot_precision(dy.dtype, N),
-        beside,
+        lora_A.dtype, ds.stride(0), dy.device, mask is not None, aligned(dy, weight),
+        dot_precision(dy.dtype, N), beside,
     )  # fmt: skip
-    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
+    if not (described and (mask is not None or aligned(ds, lora_A) or not by_tma)):
+        ds, lora_A = for_tma(ds, dy.dtype), for_tma(lora_A, dy.dtype)
+        return lora_grad_x(dy, weight, ds, lora_A, mask, beside=beside)
+    dx = dy.new_empty((M, K))
     if not by_tma:
         launch(dy, weight, dx, ds, lora_A, mask)
         return dx
     if mask is not None:
         launch(dy, weight, dx, ds, lora_A, mask)
     else:
-        launch(dy, weight, for_tma(ds, dy.dtype), for_tma(lora_A, dy.dtype), dx)
+        launch(dy, weight, ds, lora_A, dx)
     return dx

@@ -31,9 +31,9 @@ from .dropout import keep_bits, unpack_bits
 from .launch import Launch, cached_plan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _lora_shrink_kernel(
-    x_ptr, a_ptr, s_ptr, mask_ptr, scaling, seed_ptr, threshold, keep_scale,
+    x_ptr, a_ptr, s_ptr, mask_ptr, seed_ptr, scaling, threshold, keep_scale,
     M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
     SCALING_IS_TENSOR: tl.constexpr, SCALING_PER_RANK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -92,9 +92,10 @@ def _plan(
     dtype: torch.dtype,
     R: int,
     a_stride: tuple[int, ...],
+    a_dtype: torch.dtype,
     s_stride: int,
     device: torch.device,
-    scaling_dims: int | None,
+    scaling_kind: tuple[int, torch.dtype] | None,
     has_dropout: bool,
     precision: str,
     product_columns: int,
@@ -108,7 +109,8 @@ def _plan(
     return Launch(
         _lora_shrink_kernel, (cdiv(M, c.BLOCK_M),), device,
         M, K, R, *strides(shape, stride), *strides((R, K), a_stride), s_stride,
-        SCALING_IS_TENSOR=scaling_dims is not None, SCALING_PER_RANK=scaling_dims == 1,
+        fixed=True, SCALING_IS_TENSOR=scaling_kind is not None,
+        SCALING_PER_RANK=scaling_kind is not None and scaling_kind[0] == 1,
         HAS_DROPOUT=has_dropout, PRECISION=precision,
         BLOCK_M=c.BLOCK_M, BLOCK_K=c.BLOCK_K, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages, PDL=has_pdl(device),
@@ -148,15 +150,16 @@ def lora_shrink(
     (M, K), R = x.shape, lora_A.shape[0]
     has_dropout = dropout_threshold(dropout_p) > 0  # a tiny p rounds to none
     launch = _plan(
-        x.shape, x.stride(), x.dtype, R, lora_A.stride(),
+        x.shape, x.stride(), x.dtype, R, lora_A.stride(), lora_A.dtype,
         padded_columns(R, x.dtype.itemsize) if out is None else out.stride(0), x.device,
-        scaling.dim() if isinstance(scaling, Tensor) else None, has_dropout, dot_precision(x.dtype),
+        (scaling.dim(), scaling.dtype) if isinstance(scaling, Tensor) else None, has_dropout,
+        dot_precision(x.dtype),
         product_columns,
     )  # fmt: skip
     s = empty_rows(M, R, x.dtype, x.device) if out is None else out
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
     launch(
-        x, lora_A, s, mask, scaling, seed,
+        x, lora_A, s, mask, seed, scaling if isinstance(scaling, Tensor) else float(scaling),
         dropout_threshold(dropout_p), keep_scale(dropout_p) * factor,
     )  # fmt: skip
     return s, mask

@@ -248,15 +248,14 @@ def direct_of(monkeypatch, made=None, layout=LAYOUT):
 
 
 def arguments(x, y, s, factor=0.5, threshold=9):
-    args = (x, y, None, s, factor, threshold)
-    return args, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+    return x, y, None, s, factor, threshold
 
 
 def test_a_direct_launch_packs_what_the_kernel_expects(monkeypatch):
     driver, launch = direct_of(monkeypatch)
     x, y, s = torch.empty(40, 64, dtype=torch.bfloat16), torch.empty(3), torch.empty(4)
-    launch(99, *arguments(x, y, s))
-    launch(98, *arguments(x, s, y, 0.25, 8))
+    launch(99, arguments(x, y, s))
+    launch(98, arguments(x, s, y, 0.25, 8))
     first, second = driver.launches
     assert first[:5] == ((7, 2, 1), (256, 1, 1), 1000, 99, 1)
     assert second[3] == 98
@@ -271,13 +270,18 @@ def test_a_direct_launch_packs_what_the_kernel_expects(monkeypatch):
     assert driver.maps == 1, "the map of the same tensor is made once"
 
 
-def test_a_tensor_map_is_made_for_each_address_and_row_stride(monkeypatch):
+def test_a_tensor_map_is_made_for_each_address(monkeypatch):
     driver, launch = direct_of(monkeypatch)
-    base, y = torch.empty(80, 128, dtype=torch.bfloat16), torch.empty(3)
-    for x in (base[:40, :64], base[40:, :64], base[:40, :64], base.view(160, 64)[:40]):
-        launch(1, *arguments(x, y, y))
+    monkeypatch.setattr(direct, "_MAX_MAPS", 2)
+    base, y = torch.empty(120, 64, dtype=torch.bfloat16), torch.empty(3)
+    parts = base[:40], base[40:80], base[80:]
+    for x in (parts[0], parts[1], parts[0]):
+        launch(1, arguments(x, y, y))
+    assert driver.maps == 2
+    assert [v[5][0][0] for v in driver.launches] == [1, 2, 1]
+    launch(1, arguments(parts[2], y, y))
     assert driver.maps == 3
-    assert [int.from_bytes(v[5][3], "little") for v in driver.launches] == [128, 128, 128, 64]
+    assert len(launch._blobs) <= 2
 
 
 def test_a_thread_without_a_context_gets_one(monkeypatch):
@@ -287,12 +291,12 @@ def test_a_thread_without_a_context_gets_one(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_setDevice", made_current.append, raising=False)
     driver.codes = [direct._INVALID_CONTEXT]
     x, y = torch.empty(40, 64, dtype=torch.bfloat16), torch.empty(3)
-    launch(1, *arguments(x, y, y))
+    launch(1, arguments(x, y, y))
     assert made_current == [3]
     assert len(driver.launches) == 1
     driver.codes = [719]
     with pytest.raises(RuntimeError, match="launching a kernel failed: CUDA error 719: planted"):
-        launch(1, *arguments(x, y, y))
+        launch(1, arguments(x, y, y))
 
 
 @pytest.mark.parametrize(
@@ -314,6 +318,42 @@ def test_a_thread_without_a_context_gets_one(monkeypatch):
 )
 def test_what_is_not_as_expected_goes_through_triton(monkeypatch, metadata, layout):
     assert direct_of(monkeypatch, compiled(**metadata), layout)[1] is None
+
+
+def test_a_number_before_a_pointer_goes_through_triton(monkeypatch):
+    made = compiled()
+    made.src.signature = {**SIGNATURE, "s_ptr": "fp32", "factor": "*fp32"}
+    layout = [*LAYOUT[:6], (160, 4), (168, 8), (176, 4), (180, 4), *LAYOUT[10:]]
+    assert direct_of(monkeypatch, made, layout)[1] is None
+
+
+def test_a_fixed_plan_looks_at_alignment_alone(monkeypatch):
+    launches = []
+
+    class Direct:
+        def launch_aligned(self, stream, args):
+            launches.append((stream, args))
+            return args[0].data_ptr() % 16 == 0
+
+        def __call__(self, stream, args):
+            launches.append((stream, args, "by its signature"))
+
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "_current_device", lambda: 0)
+    monkeypatch.setattr(launching, "_current_stream", lambda index: 77)
+    monkeypatch.setattr(launching, "direct_launch", lambda *_: Direct())
+    kernel = FakeKernel()
+    launch = launching.Launch(kernel, (3,), DEVICE, 8, fixed=True, BLOCK=64, FLAG=True)
+    shifted = torch.empty(65)[1:]
+    launch(X, 2.0)
+    assert len(kernel.analysed) == 1
+    launch(X, 3.0)
+    launch(shifted, 4.0)
+    assert len(kernel.analysed) == 2, "Triton compiles another kernel for it"
+    launch(shifted, 5.0)
+    assert len(kernel.analysed) == 2
+    assert [entry[1][1] for entry in launches if len(entry) == 2] == [3.0, 4.0, 5.0]
+    assert [entry[1][1] for entry in launches if len(entry) == 3] == [5.0]
 
 
 def test_without_a_driver_nothing_is_direct(monkeypatch):
