@@ -213,7 +213,7 @@ def test_merging_more_than_2_31_elements():
 
 # CUDA graphs, streams, memory: small calls of every op.
 
-OPS = ("linear", "multi", "merged", "embedding", "dora")
+OPS = ("linear", "group", "multi", "merged", "embedding", "dora")
 
 
 def operation(kind, device, p=0.5):
@@ -224,6 +224,11 @@ def operation(kind, device, p=0.5):
     if kind == "linear":
         leaves = [x, a, b]
         call = lambda: fastlora.lora_linear(x, weight, a, b, dropout_p=p)  # noqa: E731
+    elif kind == "group":
+        leaves = [x, a, b]
+        weights, lora_bs = [weight, weight[:48]], [b, b[:48]]
+        group = fastlora.lora_linear_group
+        call = lambda: torch.cat(group(x, weights, [a, a], lora_bs, dropout_p=p), 1)  # noqa: E731
     elif kind == "multi":
         a, b = a.view(2, 4, 64).clone(), b.view(80, 2, 4).transpose(0, 1).contiguous()
         routing = fastlora.route(torch.randint(-1, 2, (96,), device=device), 2)
@@ -365,7 +370,7 @@ def test_reduce_overhead_draws_a_mask_at_every_call():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["linear", "multi", "merged", "embedding", "dora"])
+@pytest.mark.parametrize("kind", OPS)
 def test_reduce_overhead_without_dropout_is_eager(kind):
     """The counterpart of the masks: values and gradients of recorded and replayed calls."""
     torch._dynamo.reset()
