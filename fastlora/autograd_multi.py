@@ -21,8 +21,9 @@ from fastlora.kernels.config import (
     keep_scale,
     multi_shrink_parts,
 )
+from fastlora.kernels.multi_decode import lora_multi_decode
 from fastlora.kernels.multi_expand import lora_multi_expand
-from fastlora.kernels.multi_gemm import lora_multi_decode, lora_multi_gemm, multi_gemm_tiles
+from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 
@@ -56,7 +57,7 @@ def fused_forward(
     if tiles[0] == "decode":
         blocks = (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M))
         u = lora_multi_expand(s, lora_B, ranks, blocks, MULTI_BLOCK_M, x.dtype)
-        y = lora_multi_decode(x, weight, u, routing.ids, tiles, bias)
+        y = lora_multi_decode(x, weight, u, routing.ids, tiles[1], bias)
     else:
         slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
         y = lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias)
@@ -101,7 +102,7 @@ def fused_backward(
         if tiles[0] == "decode":
             blocks = (*rows, routing.block_starts(MULTI_BLOCK_M))
             u = lora_multi_expand(ds, right, ranks, blocks, MULTI_BLOCK_M, dy.dtype)
-            dx = lora_multi_decode(dy, turned, u, routing.ids, tiles)
+            dx = lora_multi_decode(dy, turned, u, routing.ids, tiles[1])
         else:
             slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
             dx = lora_multi_gemm(dy, turned, ds, right, ranks, slots, tiles, mask=mask)

@@ -46,6 +46,7 @@ class LaunchConfig:
     num_stages: int
     GROUP_M: int = 8
     SUBTILES: int = 1
+    SPLITS: int = 1
 
 
 def cdiv(a: int, b: int) -> int:

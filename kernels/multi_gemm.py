@@ -163,39 +163,6 @@ def _lora_multi_gemm_pointer_kernel(
     )
 
 
-@triton.jit
-def _lora_multi_decode_kernel(
-    x_ptr, w_ptr, y_ptr, u_ptr, bias_ptr, ids_ptr,
-    M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """``y = x W^T + u + bias`` for few rows, u only where a row has an adapter. Grid: a program a tile of y.
-
-    The time is that of streaming W, behind which the two kernels that make u hide.
-    """
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc = add_frozen_product(
-        acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-        PRECISION, BLOCK_K,
-    )  # fmt: skip
-    adapted = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1) >= 0
-    wait_for_previous_kernel(PDL)
-    tile = offs_m[:, None] * N + offs_n[None, :]
-    acc += tl.load(u_ptr + tile, mask=adapted[:, None] & (offs_n[None, :] < N), other=0.0)
-    if HAS_BIAS:
-        acc = add_bias(acc, bias_ptr, offs_n, N)
-    tl.store(
-        y_ptr + tile,
-        acc.to(y_ptr.dtype.element_ty),
-        mask=(offs_m[:, None] < M) & (offs_n[None, :] < N),
-    )
-
-
 @cached_plan
 def _tiles(
     shape: tuple[int, ...],
@@ -327,55 +294,4 @@ def lora_multi_gemm(
         return y
     dense = weight if weight.stride(1) == 1 else weight.t()
     launch(x, dense, y, s, lora_B, bias, mask, ids, slots, ranks)
-    return y
-
-
-@cached_plan
-def _decode_plan(
-    c: LaunchConfig,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    w_shape: tuple[int, ...],
-    w_stride: tuple[int, ...],
-    device: torch.device,
-    has_bias: bool,
-    precision: str,
-) -> Launch:
-    (M, K), N, pdl = shape, w_shape[0], has_pdl(device)
-    return Launch(
-        _lora_multi_decode_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
-        M, N, K, *strides(shape, stride), *strides(w_shape, w_stride),
-        HAS_BIAS=has_bias, PRECISION=precision, PDL=pdl, launch_pdl=pdl,
-        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-        num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
-
-
-def lora_multi_decode(
-    x: Tensor,
-    weight: Tensor,
-    u: Tensor,
-    ids: Tensor,
-    tiles: tuple[str, LaunchConfig],
-    bias: Tensor | None = None,
-) -> Tensor:
-    """``y = x W^T + bias + u`` in the dtype of x, contiguous; u only where a row has an adapter.
-
-    Args:
-        x (Tensor): ``[M, K]``, any strides.
-        weight (Tensor): ``[N, K]`` in the dtype of x, any strides.
-        u (Tensor): fp32 ``[M, N]``, as `lora_multi_expand` gives it.
-        ids (Tensor): int32 ``[M]``, -1 for rows without an adapter.
-        tiles (tuple): of `multi_gemm_tiles`, of kind ``"decode"``.
-        bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
-
-    Returns:
-        Tensor: ``[M, N]``.
-    """
-    launch = _decode_plan(
-        tiles[1], x.shape, x.stride(), weight.shape, weight.stride(), x.device, bias is not None,
-        dot_precision(x.dtype, x.shape[1]),
-    )  # fmt: skip
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    launch(x, weight, y, u, bias, ids)
     return y

@@ -324,7 +324,8 @@ def multi_launches(
         s = new((parts, M, R), dtype=dtype if parts == 1 else torch.float32)
         if plan[0] == "decode":
             u = modules["multi_expand"].lora_multi_expand(s, right, ranks, rows, 16, dtype)
-            gemm.lora_multi_decode(x, weight, u, ids, plan, **options)
+            for c in (plan[1], dataclasses.replace(plan[1], SPLITS=4)):
+                modules["multi_decode"].lora_multi_decode(x, weight, u, ids, c, **options)
             return
         width = min(slots, plan[1].BLOCK_M)
         tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)

@@ -347,3 +347,22 @@ def stack(**changes):
 def test_wrong_arguments(changes, error, message):
     with pytest.raises(error, match=message):
         lora_linear_multi(**arguments("cpu", **changes))
+
+
+@pytest.mark.parametrize("splits", [1, 3, 4])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_decode_in_parts_of_k(device, splits, with_bias):
+    from fastlora.kernels.config import LaunchConfig
+    from fastlora.kernels.multi_decode import lora_multi_decode
+
+    M, K, N = 21, 136, 40
+    x, weight = torch.randn(M, K, device=device), torch.randn(N, K, device=device)
+    u, ids = torch.randn(M, N, device=device), torch.arange(M, device=device).int() % 3 - 1
+    bias = torch.randn(N, device=device) if with_bias else None
+    c = LaunchConfig(16, 32, 32, num_warps=4, num_stages=2, SPLITS=splits)
+    u[ids < 0] = float("nan")  # as the kernel that makes u leaves it
+    got = lora_multi_decode(x, weight, u, ids, c, bias)
+    expected = x.double() @ weight.double().t() + torch.where((ids >= 0)[:, None], u, 0).double()
+    expected = expected if bias is None else expected + bias
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(got, lora_multi_decode(x, weight, u, ids, c, bias))
