@@ -49,9 +49,10 @@ def main() -> None:
     axis.axhline(1.0, color="black", linewidth=1)
     sizes = [results.cases[case]["sizes"] for case in found]
     tokens = {size["M"] for size in sizes}
+    between = "\n" if len(found) > 8 else ""
     names = [
-        f"{size['K']}->{size['N']}\np={size['p']:g}"
-        + (f"\n{size['M']} tokens" if len(tokens) > 1 else "")
+        f"{size['K']}{between}->{size['N']}\np={size['p']:g}"
+        + (f"\n{size['M']}\ntokens" if len(tokens) > 1 else "")
         for size in sizes
     ]
     axis.set_xticks(range(len(found)), names, fontsize="small" if len(tokens) > 1 else None)

@@ -48,7 +48,9 @@ Row = list[str]
 
 
 def table(header: Row, rows: list[Row]) -> str:
-    """A Markdown table; columns in which no row has anything are left out."""
+    """A Markdown table, nothing without rows; columns in which no row has anything are left out."""
+    if not rows:
+        return ""
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
     lines = [[header[i] for i in used], ["---"] * len(used)]
     lines += [[row[i] or "-" for i in used] for row in rows]
@@ -161,19 +163,19 @@ def serve_cases(*tags: str) -> list[ServeCase]:
     return [c for c in suites()["serve"] if isinstance(c, ServeCase) and c.tag in tags]
 
 
-def serve_rows(results: Results, cases: list[ServeCase], schedule: str) -> str:
+def serve_rows(results: Results, cases: list[ServeCase], schedule: str, mode: str = FORWARD) -> str:
     providers = providers_of(results, "serve")
     rows = []
     for case in cases:
-        floor = get(results, case.id, FORWARD, schedule, FLOOR)
+        floor = get(results, case.id, mode, schedule, FLOOR)
         if floor is None:
             continue
         row = [case.title, us_of(floor)]
         for name in providers:
-            found = get(results, case.id, FORWARD, schedule, name)
+            found = get(results, case.id, mode, schedule, name)
             row.append(f"{us_of(found)} ({ratio(results, found)})" if found else "")
         rows.append(row)
-    return table(["rows", "base, us", *providers.values()], rows) + missing(cases, results, FORWARD)
+    return table(["rows", "base, us", *providers.values()], rows) + missing(cases, results, mode)
 
 
 def serve(results: Results) -> str:
@@ -205,6 +207,10 @@ def serve_graph(results: Results) -> str:
 
 def serve_eager(results: Results) -> str:
     return serve_rows(results, serve_cases("table"), EAGER)
+
+
+def mixed_training(results: Results) -> str:
+    return serve_rows(results, serve_cases("mixed-training"), GRAPH, STEP)
 
 
 def model(results: Results) -> str:
@@ -323,6 +329,7 @@ SUITE_TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
     "train": {"train": train, "train-forward": train_forward, "memory": memory, "host": host,
               "train-worst": worst, "train-run": machine},
     "serve": {"serve": serve, "serve-graph": serve_graph, "serve-eager": serve_eager,
+              "mixed-training": mixed_training,
               "serve-worst": worst, "serve-run": machine},
     "model": {"model": model, "model-run": machine},
 }  # fmt: skip
@@ -378,7 +385,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
     """A page with its tables; where there is no data for one, it says so."""
     pattern = re.compile(r"(<!-- tables ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
     lacking = "Not measured in this run."
-    return pattern.sub(lambda m: f"{m[1]}\n{tables.get(m[2], lacking)}\n\n{m[3]}", text)
+    return pattern.sub(lambda m: f"{m[1]}\n{(tables.get(m[2]) or lacking).strip()}\n\n{m[3]}", text)
 
 
 def small(picture: bytes) -> bytes:
