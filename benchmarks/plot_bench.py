@@ -1,6 +1,6 @@
 """Draw forward + backward over the frozen floor from results of ``python -m fastlora bench``.
 
-``python benchmarks/plot_bench.py benchmarks/results/h100_lora_linear.json docs/h100_lora_linear.png``
+``python benchmarks/plot_bench.py benchmarks/results/h100-2026-11-25-train.jsonl docs/h100_lora_linear.png``
 
 The results may also be a folder that the command wrote: the cases of the train suite's table are drawn.
 """
@@ -49,20 +49,22 @@ def main() -> None:
     axis.axhline(1.0, color="black", linewidth=1)
     sizes = [results.cases[case]["sizes"] for case in found]
     tokens = {size["M"] for size in sizes}
+    between = "\n" if len(found) > 8 else ""
     names = [
-        f"{size['K']}->{size['N']}\np={size['p']:g}"
-        + (f"\n{size['M']} tokens" if len(tokens) > 1 else "")
+        f"{size['K']}{between}->{size['N']}\np={size['p']:g}"
+        + (f"\n{size['M']}\ntokens" if len(tokens) > 1 else "")
         for size in sizes
     ]
     axis.set_xticks(range(len(found)), names, fontsize="small" if len(tokens) > 1 else None)
     axis.set_ylabel("forward + backward, x frozen floor")
     machine = results.runs[-1]["machine"]
     what = f"{tokens.pop()} tokens, " if len(tokens) == 1 else ""
-    axis.set_title(
+    figure.supxlabel(
         f"{what}r={sizes[0]['R']}, {sizes[0]['dtype']}: "
-        f"{machine['GPU']}, torch {machine['torch']}, triton {machine['triton']}"
+        f"{machine['GPU']}, torch {machine['torch']}, triton {machine['triton']}",
+        fontsize="medium",
     )
-    axis.legend(ncols=3, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small", frameon=False)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.picture, dpi=110)
 
