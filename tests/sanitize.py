@@ -29,7 +29,9 @@ import fastlora
 import fastlora.kernels
 from fastlora.kernels import launch
 from fastlora.kernels.common import device_properties, has_tma
+from fastlora.kernels.config import LaunchConfig
 from fastlora.kernels.lora_merge import lora_merge
+from fastlora.kernels.multi_decode import lora_multi_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -128,6 +130,9 @@ def calls(
             fastlora.lora_linear_multi(
                 few, wide, (draw(3, R, 1032, dtype=adapter), stack[1]), ids[:5]
             )
+            c = LaunchConfig(16, 32, 64, num_warps=4, num_stages=3, SPLITS=3)
+            u = draw(5, N, dtype=torch.float32)
+            lora_multi_decode(few, wide, u, ids[:5].int(), c, bias)
 
     def merged() -> None:
         step(
