@@ -126,8 +126,17 @@ def signature_of(
 ) -> tuple[object, ...] | None:
     """All that the checks and the choice of a path look at; ``None`` where there is more to it."""
     try:
-        if is_forced() or torch.is_autocast_enabled(x.device.type):
+        if is_forced():
             return None
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            if (
+                x.dtype != dtype
+                or weight.dtype != dtype
+                or (bias is not None and bias.dtype != dtype)
+            ):
+                return None  # something is cast
         return (
             type(x), x.shape, x.dtype, x.device,
             type(weight), weight.shape, weight.dtype, weight.device,

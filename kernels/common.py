@@ -223,4 +223,6 @@ def for_tma(t: Tensor, dtype: torch.dtype) -> Tensor:
     """A small 2-D tensor as TMA can read it: itself, or a copy in ``dtype`` with padded rows."""
     if t.dtype == dtype and fits_tma(t):
         return t
+    if t.dtype != dtype and t.shape[1] * dtype.itemsize % 16 == 0:
+        return t.to(dtype).contiguous()
     return empty_rows(t.shape[0], t.shape[1], dtype, t.device).copy_(t)
