@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastlora.autograd import _factor, refuse_graph_of_backward, waited_for
+from fastlora.autograd import KernelFunction, _factor, refuse_graph_of_backward, waited_for
 from fastlora.kernels.lora_embedding import lora_embedding
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.reference import sparse_columns
@@ -63,6 +64,11 @@ def fused_backward(
     return lora_grad_b(dy, s, lora_B, factor, need_ds=need_ds, need_db=need_db)
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation look at what is called, without grad mode too."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def keep(ctx: Any, inputs: tuple[Any, ...], s: Tensor | None) -> None:
     """Keep ids, lora_B, and s ``[M, R]``; ``inputs`` are those of `fused_forward`."""
     ids, weight, lora_A, lora_B, scaling_tensor, scaling, need_s, *options = inputs
@@ -108,7 +114,7 @@ def _scatter(
     return out
 
 
-class LoRAEmbeddingFunction(torch.autograd.Function):
+class LoRAEmbeddingFunction(KernelFunction):
     """``y = weight[ids] + scaling * A[:, ids]^T B^T`` for 1-D ids, fused."""
 
     @staticmethod

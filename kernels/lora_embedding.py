@@ -116,13 +116,14 @@ def lora_embedding(
         tuple: y ``[M, N]``, contiguous, and s ``[M, R]``, its rows padded to 16 bytes, or ``None``;
         both in the dtype of weight.
     """
-    M, N, R = ids.shape[0], weight.shape[1], lora_A.shape[0]
-    strides_of = (weight.stride(), lora_A.stride(), lora_B.stride())
-    launch = _plan(
-        M, weight.shape, weight.dtype, R, strides_of, weight.device,
-        isinstance(scaling, Tensor), need_s, dot_precision(weight.dtype, R),
+    M, shape, dtype, device, R = (
+        ids.shape[0], weight.shape, weight.dtype, weight.device, lora_A.shape[0]
     )  # fmt: skip
-    y = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
-    s = empty_rows(M, R, weight.dtype, weight.device) if need_s else None
+    launch = _plan(
+        M, shape, dtype, R, (weight.stride(), lora_A.stride(), lora_B.stride()), device,
+        isinstance(scaling, Tensor), need_s, dot_precision(dtype, R),
+    )  # fmt: skip
+    y = weight.new_empty((M, shape[1]))
+    s = empty_rows(M, R, dtype, device) if need_s else None
     launch(ids, weight, lora_A, lora_B, s, y, scaling)
     return y, s

@@ -261,6 +261,45 @@ def make(dtype=F64, **options):
     return base, layer
 
 
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        ("padding_idx", 1, True),
+        ("sparse", False, 0),
+        ("scale_grad_by_freq", True, 1),
+        ("norm_type", 2.0, "2"),
+        ("max_norm", None, [1.0]),
+    ],
+)
+def test_a_call_that_was_checked_vouches_for_no_other(option, good, bad, device):
+    """Equal to what came before, or nothing to look up by: still named."""
+    ids, values = tensors((5,), 6, 8, 2, F32, device)
+    for _ in range(2):
+        lora_embedding(ids, **values, **{option: good})
+    with pytest.raises(TypeError, match=f"{option} must be a"):
+        lora_embedding(ids, **values, **{option: bad})
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 3)])
+def test_without_grad_mode_the_values_are_the_same(shape, device):
+    pytest.importorskip("triton")
+    ids, values = tensors(shape, 6, 8, 2, F32, device)
+    values["lora_A"].requires_grad_()
+    scaling = torch.tensor(0.5, device=device)
+    expected = lora_embedding(ids, **values, scaling=scaling)
+    with torch.no_grad():
+        got = lora_embedding(ids, **values, scaling=scaling)
+        assert torch.equal(got, expected)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(
+                values["lora_B"], torch.ones_like(values["lora_B"])
+            )
+            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                lora_embedding(ids, **{**values, "lora_B": dual})
+    assert expected.requires_grad
+    assert not got.requires_grad
+
+
 def test_new_layer_computes_what_the_base_does():
     base = nn.Embedding(30, 16, padding_idx=2).eval()
     layer = LoRAEmbedding(base, 4, 8)
