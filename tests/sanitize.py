@@ -10,19 +10,25 @@ from __future__ import annotations
 import argparse
 import collections
 import importlib
+import importlib.util
 import os
 import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch starts
 
 import torch
 from torch import Tensor
+from triton.runtime import KernelInterface
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+if importlib.util.find_spec("fastlora") is None:  # a checkout that is not installed
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import fastlora
 import fastlora.kernels
@@ -53,8 +59,8 @@ def kernel_names() -> set[str]:
     return {
         name
         for module in pkgutil.iter_modules(fastlora.kernels.__path__)
-        for name in vars(importlib.import_module(f"fastlora.kernels.{module.name}"))
-        if name.endswith("_kernel") and name.startswith("_")
+        for name, value in vars(importlib.import_module(f"fastlora.kernels.{module.name}")).items()
+        if name.startswith("_") and name.endswith("_kernel") and isinstance(value, KernelInterface)
     }
 
 
