@@ -193,6 +193,32 @@ def test_gradient_of_many_equal_ids_is_summed_in_fp32(device):
         assert (got["lora_B"] == 1024).all()
 
 
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("R", [1, 5, 64, 200])
+def test_the_scatter_to_lora_a(R, ids_dtype, device):
+    """Runs longer than a block of rows, a run at either end, a padding id, rows of any strides."""
+    pytest.importorskip("triton")
+    from fastlora.kernels.lora_embedding import lora_embedding_grad_a
+
+    ids = torch.tensor([0] * 150 + [8] * 90 + [3, 5, 3, 4] * 2, device=device, dtype=ids_dtype)
+    ids = ids[torch.randperm(len(ids), device=device)]
+    ds = torch.randn(R, len(ids), device=device).t()
+    for padding_idx in (-1, 3):
+        kept = (ids != padding_idx).double()[:, None]
+        exact = torch.zeros(9, R, dtype=F64, device=device)
+        exact.index_add_(0, ids.long(), ds.double() * kept)
+        for rows in (ds, ds.contiguous()):
+            got = lora_embedding_grad_a(ids, rows, 9, padding_idx, F32)
+            assert got.shape == (R, 9)
+            assert got.is_contiguous(), "as the Parameter is, so that autograd takes it as it is"
+            torch.testing.assert_close(got.double(), exact.t(), rtol=1e-5, atol=1e-5)
+            assert not got[:, [1, 2, 6, 7]].any()
+            assert got[:, 3].any() == (padding_idx != 3)
+        # fp16, as the interpreter cuts bf16 off
+        rounded = lora_embedding_grad_a(ids, ds.contiguous(), 9, padding_idx, F16)
+        assert torch.equal(rounded, got.to(F16))
+
+
 def test_no_ids(device):
     _, values = tensors((1,), 9, 20, 3, F32, device)
     ids = torch.empty(2, 0, dtype=torch.int64, device=device)
