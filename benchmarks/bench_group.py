@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+if importlib.util.find_spec("fastlora") is None:  # a checkout that is not installed
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import fastlora
 from fastlora import reference

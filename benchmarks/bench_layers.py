@@ -1,25 +1,42 @@
 """Times of the loralib-style layers: the embedding, q and v in one weight, and switching tasks.
 
 ``python benchmarks/bench_layers.py [--json FILE]``. Each row is a ratio to what the layer is measured by:
-the plain gather, the plain linear, one copy of all weights. Without a CUDA GPU the sizes are tiny and every
-call is only checked to run: no times are given.
+the plain gather, the plain linear, one copy of all weights. Times are those of an eager program, with what
+the host takes to enqueue a call beside them, and of a CUDA graph of the same calls: the GPU alone. Without a
+CUDA GPU the sizes are tiny and every call is only checked to run: no times are given.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import platform
+import shlex
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import nn
 
+if importlib.util.find_spec("fastlora") is None:  # a checkout that is not installed
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 import fastlora
-from fastlora.bench.clock import CudaClock, estimate_ms, time_eager
+from fastlora.bench.clock import (
+    CaptureError,
+    CudaClock,
+    Samples,
+    estimate_ms,
+    time_eager,
+    time_graphs,
+)
 from fastlora.bench.stats import spread
+from fastlora.cli.system import describe_machine, read_clocks, source_state
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -101,40 +118,72 @@ def switching(R: int = 16) -> Calls:
     }
 
 
-def main() -> None:
+def show(name: str, samples: dict[str, Samples], graphs: dict[str, Samples]) -> None:
+    """A line for each call, with its ratios to ``plain``."""
+    floor = spread(samples["plain"].wall_ms).median
+    for label, sample in samples.items():
+        wall, host = spread(sample.wall_ms), spread(sample.host_ms)
+        line = (
+            f"{name:16} {label:10} {wall.median:8.3f} ms [{wall.p20:.3f}, {wall.p80:.3f}]"
+            f"  x {wall.median / floor:.2f}  host {host.median:.3f} ms"
+        )
+        if graphs:
+            alone = spread(graphs[label].device_ms).median
+            least = spread(graphs["plain"].device_ms).median
+            line += f"  graph {alone:.3f} ms  x {alone / least:.2f}"
+        print(line, flush=True)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", help="write every sample to this file")
     args = parser.parse_args()
-    name = torch.cuda.get_device_name() if CUDA else "no CUDA GPU: nothing is timed"
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
-    clock = CudaClock(torch.device("cuda", 0)) if CUDA else None
-    found = {}
+    device = torch.device(DEVICE, 0) if CUDA else torch.device(DEVICE)
+    machine = {**describe_machine(device), **source_state()}
+    print(", ".join(f"{label} {value}" for label, value in machine.items()))
+    clock = CudaClock(device) if CUDA else None
+    run = {
+        "machine": machine,
+        "clocks": read_clocks(device),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(["python", "benchmarks/bench_layers.py", *sys.argv[1:]]),
+        "platform": platform.platform(terse=True),
+    }
+    eager, alone, failed = {}, {}, ""
     for make in (embedding, query_and_value, switching):
-        calls = make()
+        calls, name = make(), make.__name__
         if clock is None:
             for call in calls.values():
                 call(0)
                 call(1)
-            print(f"{make.__name__}: {', '.join(calls)} ran")
+            print(f"{name}: {', '.join(calls)} ran")
             continue
         for call in calls.values():
             estimate_ms(clock, call)  # warms it up
         counts = dict.fromkeys(calls, 1 if make is switching else 10)
-        samples = time_eager(clock, calls, counts, repeats=20)
-        found[make.__name__] = {n: dataclasses.asdict(s) for n, s in samples.items()}
-        floor = spread(samples["plain"].wall_ms).median
-        for label, sample in samples.items():
-            wall, device = spread(sample.wall_ms), spread(sample.device_ms)
-            print(
-                f"{make.__name__:16} {label:10} {wall.median:8.3f} ms [{wall.p20:.3f}, {wall.p80:.3f}]"
-                f"  x {wall.median / floor:.2f}  device {device.median:.3f} ms"
-            )
+        samples, graphs = time_eager(clock, calls, counts, repeats=20), {}
+        try:
+            captured = {
+                n: clock.capture(call, 2 if make is switching else 8) for n, call in calls.items()
+            }
+            graphs = time_graphs(clock, captured, repeats=20)
+            del captured
+        except CaptureError as error:
+            failed = f"{name}: {error}"
+        eager[name] = {n: dataclasses.asdict(s) for n, s in samples.items()}
+        alone[name] = {n: dataclasses.asdict(s) for n, s in graphs.items()}
+        show(name, samples, graphs)
+        if failed:  # what a process does after a failed capture is unsafe
+            break
         del calls
-        torch.cuda.empty_cache()
-    if args.json and CUDA:
+        clock.forget()
+    if args.json and clock is not None:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"device": name, "torch": torch.__version__, "samples": found}, file)
+            json.dump({**run, "failed": failed, "eager": eager, "graphs": alone}, file)
+    if failed:
+        print(failed, file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

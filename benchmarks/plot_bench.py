@@ -8,12 +8,17 @@ The results may also be a folder that the command wrote: the cases of the train 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+if importlib.util.find_spec("fastlora") is None:  # a checkout that is not installed
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from fastlora.bench.clock import EAGER
 from fastlora.bench.registry import FLOOR

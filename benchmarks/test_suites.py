@@ -8,12 +8,18 @@ small twins.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if importlib.util.find_spec("fastlora") is None:  # a checkout that is not installed
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import fastlora.bench  # noqa: F401 - registers the providers
 from fastlora.bench.cases import Case, select

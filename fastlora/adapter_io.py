@@ -231,6 +231,8 @@ def _aliases(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
 
 def _clean(name: str) -> str:
     """Drop the levels that torch.compile and checkpoint_wrapper put into module names."""
+    if not any(level in name for level in _WRAPPER_LEVELS):
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_LEVELS)
 
 
@@ -342,6 +344,8 @@ def check_keys(found: Mapping[str, Tensor], wanted: Iterable[str], where: str) -
         ValueError: A key is missing, or one is too many.
     """
     wanted = list(wanted)
+    if found.keys() == set(wanted):
+        return
     missing = [key for key in wanted if key not in found]
     if missing:
         raise ValueError(f"{where} lacks tensors that the model needs: {_listing(missing)}")
@@ -366,8 +370,8 @@ def check_tensor(key: str, tensor: Tensor, parameter: Tensor, shape: tuple[int, 
     """
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{key} must be a tensor, got {type(tensor).__name__}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{key} must be {shape}, got {tuple(tensor.shape)}")
+    if tensor.shape != shape:
+        raise ValueError(f"{key} must be {tuple(shape)}, got {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         raise ValueError(f"{key} must have a floating point dtype, got {tensor.dtype}")
     if parameter.is_meta:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastlora.autograd import _factor, refuse_graph_of_backward, waited_for
-from fastlora.kernels.lora_embedding import lora_embedding
+from fastlora.autograd import KernelFunction, _factor, refuse_graph_of_backward, waited_for
+from fastlora.kernels.lora_embedding import lora_embedding, lora_embedding_grad_a
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.reference import sparse_columns
 
@@ -63,6 +64,11 @@ def fused_backward(
     return lora_grad_b(dy, s, lora_B, factor, need_ds=need_ds, need_db=need_db)
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation look at what is called, without grad mode too."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def keep(ctx: Any, inputs: tuple[Any, ...], s: Tensor | None) -> None:
     """Keep ids, lora_B, and s ``[M, R]``; ``inputs`` are those of `fused_forward`."""
     ids, weight, lora_A, lora_B, scaling_tensor, scaling, need_s, *options = inputs
@@ -73,32 +79,44 @@ def keep(ctx: Any, inputs: tuple[Any, ...], s: Tensor | None) -> None:
 
 
 def gradients(
-    ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor | None, ...]]
+    ctx: Any,
+    dy: Tensor,
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    scatter: Callable[..., Tensor],
 ) -> tuple[Tensor | None, ...]:
     """Take dy ``[M, N]``; give dW, dA and dB where they are needed, each in its own dtype.
 
-    The scatter to A is torch's own `embedding_backward` on ``[M, R]``: it sorts the ids, so its sums go
-    in a fixed order. ``backward`` takes the arguments of `fused_backward`.
+    ``backward`` takes the arguments of `fused_backward`, ``scatter`` those of `lora_embedding_grad_a`. Where
+    torch's own `embedding_backward` takes its place, that sorts the ids too: sums go in a fixed order.
     """
     ids, lora_B, s, scaling_tensor = ctx.saved_tensors
     _, need_w, need_a, need_b = ctx.needs_input_grad[:4]
     if need_b and s is None:
         raise ValueError("need_s must be True where lora_B requires a gradient, got False")
-    vocabulary, padding_idx, _, sparse = ctx.options
+    vocabulary, padding_idx, by_freq, sparse = ctx.options
     dw = da = db = ds = None
     if need_a or need_b:
         ds, db = backward(dy, s, lora_B, scaling_tensor, ctx.scaling, need_a, need_b)
     if need_a and ds is not None:
         if sparse:
             da = sparse_columns(ds.to(ctx.a_dtype), ids, vocabulary, padding_idx)
-        else:  # summed in fp32, as all of fastlora's sums are, and rounded once
-            da = _scatter(ds.float(), ids, *ctx.options).to(ctx.a_dtype).t()
+        elif by_freq:
+            da = _torchs_scatter(ds.float(), ids, *ctx.options).to(ctx.a_dtype).t()
+        else:
+            da = scatter(ids, ds, vocabulary, padding_idx, ctx.a_dtype)
     if need_w:
-        dw = _scatter(dy, ids, *ctx.options)
+        dw = _torchs_scatter(dy, ids, *ctx.options)
     return dw, da, db
 
 
-def _scatter(
+def traced_grad_a(
+    ids: Tensor, ds: Tensor, vocabulary: int, padding_idx: int, dtype: torch.dtype
+) -> Tensor:
+    """`lora_embedding_grad_a` of torch's ops alone, for a graph: summed in fp32 and rounded once."""
+    return _torchs_scatter(ds.float(), ids, vocabulary, padding_idx, False, False).to(dtype).t()
+
+
+def _torchs_scatter(
     grad: Tensor, ids: Tensor, vocabulary: int, padding_idx: int, by_freq: bool, sparse: bool
 ) -> Tensor:
     """``out[v] = sum of grad[m] over ids[m] == v``, ``[V, ...]``; nothing for padding_idx."""
@@ -108,7 +126,7 @@ def _scatter(
     return out
 
 
-class LoRAEmbeddingFunction(torch.autograd.Function):
+class LoRAEmbeddingFunction(KernelFunction):
     """``y = weight[ids] + scaling * A[:, ids]^T B^T`` for 1-D ids, fused."""
 
     @staticmethod
@@ -122,4 +140,8 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
         refuse_graph_of_backward()
-        return (None, *gradients(ctx, waited_for(dy), fused_backward), *[None] * 6)
+        return (
+            None,
+            *gradients(ctx, waited_for(dy), fused_backward, lora_embedding_grad_a),
+            *[None] * 6,
+        )

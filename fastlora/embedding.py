@@ -8,12 +8,25 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.dispatch import HAS_TRITON, Decision, decide_embedding_for, embedding_problem_for
-from fastlora.functional import check_scaling
+from fastlora.dispatch import (
+    HAS_TRITON,
+    Decision,
+    decide_embedding_for,
+    embedding_problem_for,
+    is_forced,
+)
+from fastlora.functional import check_scaling, is_known_fused, remember_fused
 
 if HAS_TRITON:
+    from torch._functorch.utils import unwrap_dead_wrappers
+
     from fastlora import ops_embedding
-    from fastlora.autograd_embedding import LoRAEmbeddingFunction, check_ids
+    from fastlora.autograd_embedding import (
+        LoRAEmbeddingFunction,
+        check_ids,
+        fused_forward,
+        is_transformed,
+    )
 
 
 def lora_embedding(
@@ -69,40 +82,98 @@ def lora_embedding(
         >>> fastlora.lora_embedding(ids, weight, lora_A, lora_B, scaling=0.5).shape
         torch.Size([2, 2, 16])
     """
-    _validate(ids, weight, lora_A, lora_B)
-    check_scaling(scaling, weight.device)
-    padding = _check_options(
-        padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, weight.shape[0]
-    )
-    if embedding_problem_for(ids, weight, lora_A, lora_B):
-        return reference.lora_embedding(
-            ids, weight, lora_A, lora_B, scaling=scaling, padding_idx=padding, max_norm=max_norm,
-            norm_type=norm_type, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse,
-        )  # fmt: skip
-
-    flat = ids.reshape(-1).contiguous()
     compiling = torch.compiler.is_compiling()
+    if compiling:  # it would guard on the whole set
+        signature, known = None, False
+    else:
+        signature = _signature(
+            ids,
+            weight,
+            lora_A,
+            lora_B,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+        )
+        known = is_known_fused(signature)
+    if known:
+        check_scaling(scaling, weight.device)
+        padding = None if padding_idx is None else padding_idx % weight.shape[0]
+    else:
+        _validate(ids, weight, lora_A, lora_B)
+        check_scaling(scaling, weight.device)
+        padding = _check_options(
+            padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, weight.shape[0]
+        )
+        if embedding_problem_for(ids, weight, lora_A, lora_B):
+            return reference.lora_embedding(
+                ids, weight, lora_A, lora_B, scaling=scaling, padding_idx=padding,
+                max_norm=max_norm, norm_type=norm_type, scale_grad_by_freq=scale_grad_by_freq,
+                sparse=sparse,
+            )  # fmt: skip
+        remember_fused(signature)
+
+    flat = (ids if ids.dim() == 1 else ids.reshape(-1)).contiguous()
     if not compiling:  # it reads them: compiled, the op does
         check_ids(flat, weight.shape[0])
     if max_norm is not None:
         reference.limit_norms(weight, flat, max_norm, norm_type)
         reference.limit_norms(lora_A.t(), flat, max_norm, norm_type)
-    if isinstance(scaling, Tensor):
-        scaling = scaling.detach()
-    elif compiling:  # as `lora_linear`: a number would be a constant of the graph
+    if compiling and not isinstance(scaling, Tensor):
+        # As a number it would be a constant of the op, and every new value a recompilation.
         scaling = scaling * torch.ones((), dtype=torch.float32, device=weight.device)
+    given = isinstance(scaling, Tensor)
+    recorded = torch.is_grad_enabled()
     arguments = (
         flat, weight, lora_A, lora_B,
-        scaling if isinstance(scaling, Tensor) else None,
-        1.0 if isinstance(scaling, Tensor) else float(scaling),
-        lora_B.requires_grad and torch.is_grad_enabled(),
+        scaling.detach() if isinstance(scaling, Tensor) else None,
+        1.0 if given else float(scaling),
+        recorded and lora_B.requires_grad,
         -1 if padding is None else padding, scale_grad_by_freq, sparse,
     )  # fmt: skip
     if compiling:
         y, _ = ops_embedding.lora_embedding(*arguments)
+    elif recorded or is_transformed():
+        y = LoRAEmbeddingFunction.apply(*arguments)
     else:
-        y = LoRAEmbeddingFunction.apply(*arguments)  # type: ignore[no-untyped-call]
-    return y.view(*ids.shape, weight.shape[1])  # type: ignore[no-any-return]
+        y, _ = fused_forward(*unwrap_dead_wrappers(arguments[:5]), *arguments[5:])
+    shaped: Tensor = y if ids.dim() == 1 else y.view(*ids.shape, weight.shape[1])
+    return shaped
+
+
+def _signature(
+    ids: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    padding_idx: object,
+    max_norm: object,
+    norm_type: object,
+    scale_grad_by_freq: object,
+    sparse: object,
+) -> tuple[object, ...] | None:
+    """All that the checks and the choice of a path look at; ``None`` where there is more to it."""
+    if (
+        is_forced()
+        or max_norm is not None
+        or type(norm_type) is not float
+        or not (padding_idx is None or type(padding_idx) is int)
+        or type(scale_grad_by_freq) is not bool
+        or type(sparse) is not bool
+    ):
+        return None  # 1 is no flag, but equal to one
+    try:
+        return (
+            type(ids), ids.shape, ids.dtype, ids.device,
+            type(weight), weight.shape, weight.dtype, weight.device,
+            type(lora_A), lora_A.shape, lora_A.dtype, lora_A.device,
+            type(lora_B), lora_B.shape, lora_B.dtype, lora_B.device,
+            padding_idx, scale_grad_by_freq, sparse,
+        )  # fmt: skip
+    except AttributeError:  # no tensor: the checks say so
+        return None
 
 
 def explain_embedding(ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Decision:

@@ -119,8 +119,8 @@ class LoRAEmbedding(LoRAWeightLayer):
             sparse=self.sparse,
         )
 
-    def _products(self, weight: Tensor) -> list[Product]:
-        return [Product(weight, self.lora_B.t(), self.lora_A.t())]
+    def _products(self, source: Tensor, target: Tensor) -> list[Product]:
+        return [Product(source, target, self.lora_B.t(), self.lora_A.t())]
 
     def extra_repr(self) -> str:
         """Show the sizes and the settings in ``repr``."""

@@ -298,16 +298,18 @@ class LoRAMergedLinear(LoRAWeightLayer):
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
 
-    def _products(self, weight: Tensor) -> list[Product]:
-        parts = torch.split(self._rows(weight), list(self.widths))
+    def _products(self, source: Tensor, target: Tensor) -> list[Product]:
+        parts, outs = (torch.split(self._rows(t), list(self.widths)) for t in (source, target))
         adapters_a = iter(torch.split(self.lora_A, self.r))
         on = [
             width for width, enabled in zip(self.widths, self.enable_lora, strict=True) if enabled
         ]
         adapters_b = iter(torch.split(self.lora_B, on))
         return [
-            Product(part, next(adapters_a), next(adapters_b)) if enabled else Product(part)
-            for part, enabled in zip(parts, self.enable_lora, strict=True)
+            Product(part, out, next(adapters_a), next(adapters_b))
+            if enabled
+            else Product(part, out)
+            for part, out, enabled in zip(parts, outs, self.enable_lora, strict=True)
         ]
 
     def extra_repr(self) -> str:

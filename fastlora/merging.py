@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import reference
-from fastlora.dispatch import decide_for
+from fastlora.dispatch import HAS_TRITON, problem_for
+
+if HAS_TRITON:
+    from fastlora.kernels.lora_merge import lora_merge
 
 KEEPS = ("device", "host")
 Self = TypeVar("Self", bound="LoRALayer")
@@ -22,18 +25,19 @@ class Frozen:
     """The frozen weight of a merged layer: the Parameter itself, or its values in host memory."""
 
     values: Tensor
+    on_host: bool = field(init=False)
+    """Whether the weight was merged in place, its frozen values copied to the host."""
 
-    @property
-    def on_host(self) -> bool:
-        """Whether the weight was merged in place, its frozen values copied to the host."""
-        return not isinstance(self.values, nn.Parameter)
+    def __post_init__(self) -> None:
+        """Ask once: every switch of adapters wants to know."""
+        self.on_host = not isinstance(self.values, nn.Parameter)
 
 
-@dataclass(frozen=True)
-class Product:
-    """A 2-D part of a weight, and what is added to it: ``lora_B lora_A``, or nothing."""
+class Product(NamedTuple):
+    """A 2-D part of a weight, where its sum goes, and what is added: ``lora_B lora_A``, or nothing."""
 
     part: Tensor
+    out: Tensor
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
 
@@ -75,7 +79,7 @@ class LoRALayer(nn.Module):
         """Return the name of the frozen weight relative to this layer."""
         return "weight"
 
-    def _products(self, weight: Tensor) -> list[Product]:
+    def _products(self, source: Tensor, target: Tensor) -> list[Product]:
         raise NotImplementedError(f"{type(self).__name__} does not say what it merges")
 
     @property
@@ -122,10 +126,14 @@ class LoRALayer(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _merge(self, safe: bool, on_host: bool) -> None:
+        self._merge_here(safe, on_host)
+
+    def _merge_here(self, safe: bool, on_host: bool) -> None:
+        """`_merge` for a caller that is in these two modes already: to enter them takes its time."""
         frozen, holder = self._frozen, self._weight_holder()
-        weight = cast(nn.Parameter, holder.weight)
+        weight: nn.Parameter = holder.weight  # type: ignore[assignment]
         if frozen is not None and not frozen.on_host and not safe:
-            self._write_merged(frozen.values.detach(), weight.detach())
+            self._write_merged(frozen.values, weight)
             return
         # Else a new tensor, so that a failure half way leaves the weight as it is.
         target = self._merged_values(safe)
@@ -163,16 +171,13 @@ class LoRALayer(nn.Module):
         return target
 
     def _write_merged(self, source: Tensor, target: Tensor) -> None:
-        for old, new in zip(self._products(source), self._products(target), strict=True):
-            a, b = old.lora_A, old.lora_B
+        for part, out, a, b in self._products(source, target):
             if a is None or b is None:
-                new.part.copy_(old.part)
-            elif decide_for(old.part, old.part, a, b).fused:
-                from fastlora.kernels.lora_merge import lora_merge  # needs Triton
-
-                lora_merge(old.part, a, b, float(self.scaling), new.part)
+                out.copy_(part)
+            elif problem_for(part, part, a, b):
+                reference.lora_merge(part, a, b, float(self.scaling), out)
             else:
-                reference.lora_merge(old.part, a, b, float(self.scaling), new.part)
+                lora_merge(part, a, b, float(self.scaling), out)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -298,9 +303,10 @@ def merge(model: nn.Module, safe: bool = False, *, keep: str = "device") -> None
     layers = lora_layers(model)
     if keep == "host":
         _refuse_shared_weights(model, layers)
+    if not isinstance(safe, bool):
+        raise TypeError(f"safe must be a bool, got {safe!r}")
     if safe:  # all are checked before the first changes, for a merged layer cannot go back
-        for layer in layers.values():
-            layer._merged_values(safe)
+        check_finite(layers.values())
     fresh = [layer for layer in layers.values() if not layer.merged]
     try:
         for layer in layers.values():
@@ -309,6 +315,46 @@ def merge(model: nn.Module, safe: bool = False, *, keep: str = "device") -> None
         for layer in fresh:
             layer.unmerge()
         raise
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def check_finite(layers: Iterable[LoRALayer]) -> None:
+    """Raise where a layer may not be merged, or would get weights that are not finite; change nothing.
+
+    The device is waited for once, not once a layer.
+
+    Args:
+        layers: The layers.
+
+    Raises:
+        TypeError: A weight is a tensor subclass.
+        ValueError: A weight is trainable, or a result is not finite.
+    """
+    checks: dict[torch.device, list[tuple[LoRALayer, Tensor]]] = {}
+    for layer in layers:
+        values = layer._merged_values(False)
+        if not values.is_meta:
+            checks.setdefault(values.device, []).append((layer, torch.isfinite(values).all()))
+    for found in checks.values():
+        flags = torch.stack([finite for _, finite in found]).tolist()
+        for (layer, _), finite in zip(found, flags, strict=True):
+            if not finite:
+                layer._merged_values(True)  # which says how many
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def merge_anew(layers: Iterable[LoRALayer]) -> None:
+    """Merge those of ``layers`` that are merged anew, from their frozen weights.
+
+    Args:
+        layers: The layers; the others stay as they are.
+    """
+    for layer in layers:
+        frozen = layer._frozen
+        if frozen is not None:
+            layer._merge_here(False, frozen.on_host)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -172,8 +172,8 @@ class LoRALinear(LoRAWeightLayer):
             training=self.training,
         )
 
-    def _products(self, weight: Tensor) -> list[Product]:
-        return [Product(weight, self.lora_A, self.lora_B)]
+    def _products(self, source: Tensor, target: Tensor) -> list[Product]:
+        return [Product(source, target, self.lora_A, self.lora_B)]
 
     def extra_repr(self) -> str:
         """Show the sizes and the LoRA settings in ``repr``."""

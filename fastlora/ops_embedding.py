@@ -14,6 +14,7 @@ from fastlora.autograd_embedding import (
     fused_forward,
     gradients,
     keep,
+    traced_grad_a,
 )
 from fastlora.kernels.common import empty_rows
 from fastlora.ops import or_empty
@@ -90,7 +91,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _gradients(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return (None, *gradients(ctx, dy, _backward_op), *[None] * 6)
+    return (None, *gradients(ctx, dy, _backward_op, traced_grad_a), *[None] * 6)
 
 
 lora_embedding.register_autograd(_gradients, setup_context=_setup_context)

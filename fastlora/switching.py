@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +21,21 @@ from fastlora.adapter_io import (
     peft_keys,
     read_adapter,
 )
-from fastlora.merging import LoRALayer
+from fastlora.merging import LoRALayer, check_finite, merge_anew
 from fastlora.modules import MAX_RANK, lora_scaling
 
+_SETTINGS = ("r", "lora_alpha", "use_rslora", "scaling")
 
-@dataclass(frozen=True)
-class _Adapter:
-    """What a layer computes with, beside its frozen weight."""
+
+class _Adapter(NamedTuple):
+    """What a layer is to compute with, beside its frozen weight: in the order of `PARTS`."""
 
     layer: LoRALayer
-    tensors: dict[str, Tensor]
-    r: int
-    lora_alpha: float
-    use_rslora: bool
-    scaling: float
+    parameters: tuple[nn.Parameter, ...]
+    """Those that the layer has now."""
+    tensors: tuple[Tensor, ...]
+    settings: tuple[int, float, bool, float] | None
+    """`_SETTINGS` in their order; ``None`` where they stay."""
 
 
 def switch_adapter(
@@ -97,130 +97,115 @@ def switch_adapter(
     else:
         raise TypeError(f"adapter must be a folder or a state dict, got {type(adapter).__name__}")
     keys = _keys(layers, tensors)
-    check_keys(tensors, [key for parts in keys.values() for key in parts.values()], where)
+    check_keys(tensors, [key for parts in keys for key in parts], where)
     new = [
-        _new_adapter(
-            name, layer, {p: (keys[name][p], tensors[keys[name][p]]) for p in PARTS}, config
-        )
-        for name, layer in layers.items()
+        _new_adapter(name, layer, parts, tensors, config)
+        for (name, layer), parts in zip(layers.items(), keys, strict=True)
     ]
-    given = [tensor for a in new for tensor in a.tensors.values()]
-    held = {
-        getattr(layer, part).untyped_storage().data_ptr()
-        for layer in layers.values()
-        for part in PARTS
-    }
-    if any(t.untyped_storage().data_ptr() in held for t in given):
+    held = {p.untyped_storage().data_ptr() for adapter in new for p in adapter.parameters}
+    given = {t.untyped_storage().data_ptr() for adapter in new for t in adapter.tensors}
+    if not held.isdisjoint(given):
         # The adapter is made of this model's own tensors, which change while they are copied.
-        new = [replace(a, tensors={p: t.clone() for p, t in a.tensors.items()}) for a in new]
+        new = [a._replace(tensors=tuple(t.clone() for t in a.tensors)) for a in new]
     _apply(new, safe)
 
 
-def _keys(
-    layers: Mapping[str, LoRALayer], found: Mapping[str, Tensor]
-) -> dict[str, dict[str, str]]:
-    """Return the keys wanted of ``found``: PEFT's names if it has any of them, else the model's own."""
+def _keys(layers: Mapping[str, LoRALayer], found: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """Return the keys of each layer: PEFT's names if ``found`` has any, else the model's own."""
     if not any(isinstance(key, str) and key.startswith(PREFIX) for key in found):
-        return {name: {part: f"{name}.{part}" for part in PARTS} for name in layers}
+        return [tuple([f"{name}.{part}" for part in PARTS]) for name in layers]
     for name, layer in layers.items():
         if not layer.peft_names:
             raise ValueError(
                 f"{name} is a {type(layer).__name__}, which PEFT's format has no place for"
             )
-    return {name: peft_keys(name, layer) for name, layer in layers.items()}
+    return [tuple(peft_keys(name, layer).values()) for name, layer in layers.items()]
 
 
 def _new_adapter(
     name: str,
     layer: LoRALayer,
-    found: Mapping[str, tuple[str, Tensor]],
+    keys: tuple[str, ...],
+    found: Mapping[str, Tensor],
     config: Mapping[str, Any] | None,
 ) -> _Adapter:
-    r, alpha, rslora, scaling = layer.r, layer.lora_alpha, layer.use_rslora, layer.scaling
-    shapes = {part: tuple(getattr(layer, part).shape) for part in PARTS}
+    parameters = layer.lora_A, layer.lora_B
+    settings, shapes = None, [parameter.shape for parameter in parameters]
     if config is not None:
         alpha, rslora = alpha_of(name, config)
         r = pattern_value(config, "rank_pattern", name, config.get("r", 8))
         if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MAX_RANK:
             raise ValueError(f"r of {name} must be an int from 1 to {MAX_RANK}, got {r!r}")
-        scaling = lora_scaling(r, alpha, rslora)
+        settings = r, alpha, rslora, lora_scaling(r, alpha, rslora)
         if layer.peft_names:  # the other layers stack their ranks
-            shapes = {"lora_A": (r, shapes["lora_A"][1]), "lora_B": (shapes["lora_B"][0], r)}
+            shapes = [torch.Size((r, shapes[0][1])), torch.Size((shapes[1][0], r))]
         elif r != layer.r:
             raise ValueError(f"r of {name} must be {layer.r}, as in the model, got {r}")
-    tensors = {}
-    for part, (key, tensor) in found.items():
-        parameter = getattr(layer, part)
-        check_tensor(key, tensor, parameter, shapes[part])
-        # Where it becomes the Parameter, a copy; else it is copied into the one that is there.
-        own = tensor.shape != parameter.shape
-        tensors[part] = tensor.detach().to(parameter.device, parameter.dtype, copy=own)
-    return _Adapter(layer, tensors, r, alpha, rslora, scaling)
+    tensors = []
+    for key, parameter, shape in zip(keys, parameters, shapes, strict=True):
+        tensor = found[key]
+        check_tensor(key, tensor, parameter, shape)
+        if shape != parameter.shape:  # it becomes the Parameter, so it is a copy
+            tensor = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
+        elif tensor.dtype != parameter.dtype or tensor.device != parameter.device:
+            tensor = tensor.detach().to(parameter.device, parameter.dtype)
+        tensors.append(tensor)
+    return _Adapter(layer, parameters, tuple(tensors), settings)
+
+
+def _settings(layer: LoRALayer) -> tuple[int, float, bool, float]:
+    return layer.r, layer.lora_alpha, layer.use_rslora, layer.scaling
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def _apply(new: Sequence[_Adapter], safe: bool) -> None:
-    old = [
-        _Adapter(
-            a.layer,
-            {part: getattr(a.layer, part) for part in PARTS},
-            a.layer.r, a.layer.lora_alpha, a.layer.use_rslora, a.layer.scaling,
-        )
-        for a in new
-    ]  # fmt: skip
-    parameters = [parameter for a in old for parameter in a.tensors.values()]
-    values = _copies(parameters)
+    layers = [adapter.layer for adapter in new]
+    settings = [_settings(layer) for layer in layers]
+    values = _copies([p for adapter in new for p in adapter.parameters])
     try:
         _put(new)
         if safe:  # all, before the first weight changes
-            for adapter in new:
-                adapter.layer._merged_values(safe)
-        for adapter in new:
-            if adapter.layer.merged:
-                adapter.layer.merge()
+            check_finite(layers)
+        merge_anew(layers)
     except BaseException:
-        torch._foreach_copy_(parameters, values)
-        _put(old)
-        for adapter in old:
-            if adapter.layer.merged:
-                adapter.layer.merge()
+        for parameters, flat in values:
+            parts = torch._C._nn.unflatten_dense_tensors(flat, parameters)
+            torch._foreach_copy_(parameters, parts)
+        for adapter, before in zip(new, settings, strict=True):
+            adapter.layer.lora_A, adapter.layer.lora_B = adapter.parameters
+            _set(adapter.layer, before)
+        merge_anew(layers)
         raise
 
 
-def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Copy tensors in a few launches: a launch each would cost more than the copying."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, parameter in enumerate(parameters):
-        groups.setdefault((parameter.device, parameter.dtype), []).append(i)
-    copies = list(parameters)
-    for members in groups.values():
-        flat = torch.cat([parameters[i].detach().reshape(-1) for i in members])
-        parts = flat.split([parameters[i].numel() for i in members])  # type: ignore[no-untyped-call]
-        for i, part in zip(members, parts, strict=True):
-            copies[i] = part.view(parameters[i].shape)
-    return copies
+def _copies(parameters: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """Copy tensors end to end, those of a device and dtype at once: a launch each would cost more."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    return [(members, torch._C._nn.flatten_dense_tensors(members)) for members in groups.values()]
 
 
 def _put(adapters: Sequence[_Adapter]) -> None:
     """Give layers their adapters: values in place where the shape stays, else another Parameter."""
-    targets, values = [], []
-    for adapter in adapters:
-        layer = adapter.layer
-        for part, tensor in adapter.tensors.items():
-            parameter = getattr(layer, part)
-            if tensor is parameter:
-                continue
-            if isinstance(tensor, nn.Parameter):
-                setattr(layer, part, tensor)
-            elif parameter.shape == tensor.shape:
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    for layer, parameters, tensors, settings in adapters:
+        for part, parameter, tensor in zip(PARTS, parameters, tensors, strict=True):
+            if parameter.shape == tensor.shape:
                 targets.append(parameter)
                 values.append(tensor)
             else:
                 made = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
                 setattr(layer, part, made)
-        for name in ("r", "lora_alpha", "use_rslora", "scaling"):
-            if getattr(layer, name) != getattr(adapter, name):
-                setattr(layer, name, getattr(adapter, name))
+        if settings is not None:
+            _set(layer, settings)
     if targets:
         torch._foreach_copy_(targets, values)
+
+
+def _set(layer: LoRALayer, settings: tuple[int, float, bool, float]) -> None:
+    for name, value, now in zip(_SETTINGS, settings, _settings(layer), strict=True):
+        if now != value:
+            setattr(layer, name, value)

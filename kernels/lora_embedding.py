@@ -1,4 +1,4 @@
-"""``y = weight[ids] + scaling * A[:, ids]^T B^T``: one gather of the rows, the rank product in it."""
+"""``y = weight[ids] + scaling * A[:, ids]^T B^T``, one gather with the rank product in it, and dA."""
 
 from __future__ import annotations
 
@@ -116,13 +116,83 @@ def lora_embedding(
         tuple: y ``[M, N]``, contiguous, and s ``[M, R]``, its rows padded to 16 bytes, or ``None``;
         both in the dtype of weight.
     """
-    M, N, R = ids.shape[0], weight.shape[1], lora_A.shape[0]
-    strides_of = (weight.stride(), lora_A.stride(), lora_B.stride())
-    launch = _plan(
-        M, weight.shape, weight.dtype, R, strides_of, weight.device,
-        isinstance(scaling, Tensor), need_s, dot_precision(weight.dtype, R),
+    M, shape, dtype, device, R = (
+        ids.shape[0], weight.shape, weight.dtype, weight.device, lora_A.shape[0]
     )  # fmt: skip
-    y = torch.empty((M, N), dtype=weight.dtype, device=weight.device)
-    s = empty_rows(M, R, weight.dtype, weight.device) if need_s else None
+    launch = _plan(
+        M, shape, dtype, R, (weight.stride(), lora_A.stride(), lora_B.stride()), device,
+        isinstance(scaling, Tensor), need_s, dot_precision(dtype, R),
+    )  # fmt: skip
+    y = weight.new_empty((M, shape[1]))
+    s = empty_rows(M, R, dtype, device) if need_s else None
     launch(ids, weight, lora_A, lora_B, s, y, scaling)
     return y, s
+
+
+@triton.jit
+def _lora_embedding_grad_a_kernel(
+    sorted_ptr, order_ptr, ds_ptr, da_ptr, M, R, padding_idx, stride_dsm, stride_dsr,
+    stride_ar, stride_av, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``da[r, v] = sum of ds[m, r] over ids[m] == v``, ids sorted and ``order`` where each is from.
+
+    Grid: a program for each sorted id, and the first of equal ones sums them all, in their order.
+    """
+    m = tl.program_id(0).to(tl.int64)
+    token = tl.load(sorted_ptr + m).to(tl.int64)
+    before = tl.load(sorted_ptr + m - 1, mask=m > 0, other=-1).to(tl.int64)
+    if (token != before) & (token != padding_idx):
+        offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
+        acc = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        following = token
+        while following == token:
+            offs_m = m + tl.arange(0, BLOCK_M)
+            found = tl.load(sorted_ptr + offs_m, mask=offs_m < M, other=-1).to(tl.int64)
+            rows = tl.load(order_ptr + offs_m, mask=found == token, other=0)
+            ds = tl.load(
+                ds_ptr + rows[:, None] * stride_dsm + offs_r[None, :] * stride_dsr,
+                mask=(found == token)[:, None] & (offs_r[None, :] < R),
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_R]
+            acc += tl.sum(ds.to(tl.float32), 0)
+            m += BLOCK_M
+            following = tl.load(sorted_ptr + m, mask=m < M, other=-1).to(tl.int64)
+        tl.store(
+            da_ptr + offs_r * stride_ar + token * stride_av,
+            acc.to(da_ptr.dtype.element_ty),
+            mask=offs_r < R,
+        )
+
+
+@cached_plan
+def _grad_a_plan(
+    shape: tuple[int, ...], stride: tuple[int, ...], padding_idx: int, V: int, device: torch.device
+) -> Launch:
+    M, R = shape
+    block_r = rank_block(R)
+    return Launch(
+        _lora_embedding_grad_a_kernel, (M,), device, M, R, padding_idx, *strides(shape, stride), V, 1,
+        BLOCK_M=max(8, min(64, 2048 // block_r)), BLOCK_R=block_r, num_warps=4,
+    )  # fmt: skip
+
+
+def lora_embedding_grad_a(
+    ids: Tensor, ds: Tensor, vocabulary: int, padding_idx: int, dtype: torch.dtype
+) -> Tensor:
+    """``dA[:, v] = sum of ds[m] over ids[m] == v``, summed in fp32 and rounded once, zero elsewhere.
+
+    Args:
+        ids (Tensor): ``[M]``, int32 or int64, contiguous.
+        ds (Tensor): ``[M, R]``, any strides.
+        vocabulary (int): V.
+        padding_idx (int): an id whose column stays zero, -1 for none.
+        dtype (torch.dtype): that of dA.
+
+    Returns:
+        Tensor: ``[R, V]``, contiguous. Sums go in a fixed order: bit-identical from run to run.
+    """
+    order = torch.sort(ids, stable=True)
+    da = torch.zeros((ds.shape[1], vocabulary), dtype=dtype, device=ds.device)
+    launch = _grad_a_plan(ds.shape, ds.stride(), padding_idx, vocabulary, ds.device)
+    launch(order.values, order.indices, ds, da)
+    return da

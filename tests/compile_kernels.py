@@ -150,6 +150,9 @@ def cases() -> list[Case]:
             Case("embedding", arch, "tf32", R=32),
             Case("embedding", arch, "ieee", R=16),
             Case("embedding", arch, R=8, **odd),
+            Case("embedding_grad_a", arch),
+            Case("embedding_grad_a", arch, "fp16", R=256, fp32_adapters=True),
+            Case("embedding_grad_a", arch, "ieee", R=1),
             Case("sliced", arch, bias=True),
             Case("sliced", arch, "fp16", R=64, fp32_adapters=True, M=1024),
             Case("sliced", arch, "tf32", R=64),
@@ -283,6 +286,9 @@ def call(case: Case) -> None:
         # x is the table of K-wide rows here, and its M rows the vocabulary.
         "embedding": lambda: modules["lora_embedding"].lora_embedding(
             new((M,), dtype=torch.int64), x, new((R, M), dtype=adapter), lora_A.t(), scaling
+        ),
+        "embedding_grad_a": lambda: modules["lora_embedding"].lora_embedding_grad_a(
+            new((M,), dtype=torch.int64), s, 4 * M, -1, adapter
         ),
         "sliced": lambda: modules["lora_forward_sliced"].lora_forward_sliced(
             x,

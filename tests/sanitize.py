@@ -10,20 +10,25 @@ from __future__ import annotations
 import argparse
 import collections
 import importlib
-import inspect
+import importlib.util
 import os
 import pkgutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch starts
 
 import torch
 from torch import Tensor
+from triton.runtime import KernelInterface
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+if importlib.util.find_spec("fastlora") is None:  # a checkout that is not installed
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import fastlora
 import fastlora.kernels
@@ -52,12 +57,12 @@ SETTINGS = [
 
 
 def kernel_names() -> set[str]:
-    """Every kernel that is launched: the jitted functions of `fastlora.kernels` named ``_*_kernel``."""
+    """Every kernel that is launched: the jitted functions of `fastlora.kernels` named ``*_kernel``."""
     return {
         name
         for module in pkgutil.iter_modules(fastlora.kernels.__path__)
         for name, value in vars(importlib.import_module(f"fastlora.kernels.{module.name}")).items()
-        if name.startswith("_") and name.endswith("_kernel") and not inspect.isfunction(value)
+        if name.startswith("_") and name.endswith("_kernel") and isinstance(value, KernelInterface)
     }
 
 
@@ -105,18 +110,6 @@ def calls(
         )  # fmt: skip
         with torch.no_grad():  # few rows, another layout of x
             fastlora.lora_linear(x[:3].t().contiguous().t(), weight, a, b, scaling=2.0)
-
-    def group() -> None:  # x's gradient is written by one projection, and added to by the other
-        half = N // 2
-        step(
-            lambda: torch.cat(
-                fastlora.lora_linear_group(
-                    x, [weight, weight[:half]], [a, a], [b, b[:half]], biases=[bias, None],
-                    scaling=[scaling, 2.0], dropout_p=p,
-                ), 1,
-            ),
-            x, a, b, bias,
-        )  # fmt: skip
 
     def multi() -> None:
         stack = draw(3, R, K, dtype=adapter), draw(3, N, R, dtype=adapter)
@@ -171,7 +164,7 @@ def calls(
         turned = weight.t().contiguous().t()
         lora_merge(turned, a.detach(), b.detach(), 0.5, out=turned)
 
-    yield from (linear, group, multi, merged, embedding, dora, merge)
+    yield from (linear, multi, merged, embedding, dora, merge)
 
 
 def run(word: str = "") -> collections.Counter[str]:

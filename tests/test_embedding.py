@@ -193,6 +193,32 @@ def test_gradient_of_many_equal_ids_is_summed_in_fp32(device):
         assert (got["lora_B"] == 1024).all()
 
 
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("R", [1, 5, 64, 200])
+def test_the_scatter_to_lora_a(R, ids_dtype, device):
+    """Runs longer than a block of rows, a run at either end, a padding id, rows of any strides."""
+    pytest.importorskip("triton")
+    from fastlora.kernels.lora_embedding import lora_embedding_grad_a
+
+    ids = torch.tensor([0] * 150 + [8] * 90 + [3, 5, 3, 4] * 2, device=device, dtype=ids_dtype)
+    ids = ids[torch.randperm(len(ids), device=device)]
+    ds = torch.randn(R, len(ids), device=device).t()
+    for padding_idx in (-1, 3):
+        kept = (ids != padding_idx).double()[:, None]
+        exact = torch.zeros(9, R, dtype=F64, device=device)
+        exact.index_add_(0, ids.long(), ds.double() * kept)
+        for rows in (ds, ds.contiguous()):
+            got = lora_embedding_grad_a(ids, rows, 9, padding_idx, F32)
+            assert got.shape == (R, 9)
+            assert got.is_contiguous(), "as the Parameter is, so that autograd takes it as it is"
+            torch.testing.assert_close(got.double(), exact.t(), rtol=1e-5, atol=1e-5)
+            assert not got[:, [1, 2, 6, 7]].any()
+            assert got[:, 3].any() == (padding_idx != 3)
+        # fp16, as the interpreter cuts bf16 off
+        rounded = lora_embedding_grad_a(ids, ds.contiguous(), 9, padding_idx, F16)
+        assert torch.equal(rounded, got.to(F16))
+
+
 def test_no_ids(device):
     _, values = tensors((1,), 9, 20, 3, F32, device)
     ids = torch.empty(2, 0, dtype=torch.int64, device=device)
@@ -259,6 +285,45 @@ def make(dtype=F64, **options):
     layer = LoRAEmbedding(base, 4, 8)
     nn.init.normal_(layer.lora_A)
     return base, layer
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        ("padding_idx", 1, True),
+        ("sparse", False, 0),
+        ("scale_grad_by_freq", True, 1),
+        ("norm_type", 2.0, "2"),
+        ("max_norm", None, [1.0]),
+    ],
+)
+def test_a_call_that_was_checked_vouches_for_no_other(option, good, bad, device):
+    """Equal to what came before, or nothing to look up by: still named."""
+    ids, values = tensors((5,), 6, 8, 2, F32, device)
+    for _ in range(2):
+        lora_embedding(ids, **values, **{option: good})
+    with pytest.raises(TypeError, match=f"{option} must be a"):
+        lora_embedding(ids, **values, **{option: bad})
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 3)])
+def test_without_grad_mode_the_values_are_the_same(shape, device):
+    pytest.importorskip("triton")
+    ids, values = tensors(shape, 6, 8, 2, F32, device)
+    values["lora_A"].requires_grad_()
+    scaling = torch.tensor(0.5, device=device)
+    expected = lora_embedding(ids, **values, scaling=scaling)
+    with torch.no_grad():
+        got = lora_embedding(ids, **values, scaling=scaling)
+        assert torch.equal(got, expected)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(
+                values["lora_B"], torch.ones_like(values["lora_B"])
+            )
+            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                lora_embedding(ids, **{**values, "lora_B": dual})
+    assert expected.requires_grad
+    assert not got.requires_grad
 
 
 def test_new_layer_computes_what_the_base_does():

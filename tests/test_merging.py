@@ -398,7 +398,7 @@ def test_bad_arguments_are_named():
 def test_the_page_about_layers_runs():
     page = Path(__file__).parents[1].joinpath("docs", "layers.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     scope = {"__name__": "page"}
     exec("\n".join(blocks), scope)
     assert scope["model"].qkv.merged

@@ -156,3 +156,22 @@ def test_readme_examples_run(tmp_path: Path) -> None:
     assert "replaced 2 linears: 0, 2" in printed
     assert re.search(r"^(fused|eager): ", printed, re.MULTILINE)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(
+    not Path(fastlora.__file__).is_relative_to(ROOT), reason="fastlora is installed beside it"
+)
+@pytest.mark.parametrize(
+    "name", ["benchmarks/bench_layers.py", "benchmarks/bench_group.py", "tests/sanitize.py"]
+)
+def test_scripts_run_from_a_checkout_that_is_not_installed(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    packages = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
+    script = (
+        "import importlib.util, runpy, sys\n"
+        f"sys.path[:] = [*filter(None, sys.path), *{packages!r}]\n"
+        "assert importlib.util.find_spec('fastlora') is None\n"
+        "sys.argv[1:] = ['--help']\n"
+        f"runpy.run_path({str(ROOT / name)!r}, run_name='__main__')\n"
+    )
+    assert "usage:" in run(sys.executable, "-S", "-c", script, cwd=tmp_path)

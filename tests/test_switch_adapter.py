@@ -241,18 +241,29 @@ def test_a_failure_while_merging_rolls_back(state, monkeypatch):
     model = prepare(fresh(5), state)
     before = snapshot(model)
     calls = []
-    merge = type(model.down).merge
+    write = type(model.down)._write_merged
 
-    def fail_once(self, safe=False):
+    def fail_once(self, source, target):
         calls.append(self)
         if len(calls) == 2:
             raise MemoryError
-        merge(self, safe)
+        write(self, source, target)
 
-    monkeypatch.setattr(type(model.down), "merge", fail_once)
+    monkeypatch.setattr(type(model.down), "_write_merged", fail_once)
     with pytest.raises(MemoryError):
         switch_adapter(model, task())
+    assert len(calls) == 4, "one layer was merged, and both were again"
     assert same(snapshot(model), before)
+
+
+def test_safe_asks_the_device_once(monkeypatch):
+    model = prepare(fresh(5), "device")
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: pytest.fail("a sync for a layer"))
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: asked.append(t) or tolist(t))
+    switch_adapter(model, task(), safe=True)
+    assert [len(t) for t in asked] == [2]
 
 
 def test_config_is_refused_beside_a_folder(folders):
