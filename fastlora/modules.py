@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.functional import lora_linear
-from fastlora.merging import LoRALayer, Product
+from fastlora.merging import LoRALayer, Product, parameter_of
 
 MAX_RANK = 256
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -173,7 +173,8 @@ class LoRALinear(LoRAWeightLayer):
         )
 
     def _products(self, source: Tensor, target: Tensor) -> list[Product]:
-        return [Product(source, target, self.lora_A, self.lora_B)]
+        lora_a, lora_b = parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
+        return [Product(source, target, lora_a, lora_b)]
 
     def extra_repr(self) -> str:
         """Show the sizes and the LoRA settings in ``repr``."""

@@ -21,7 +21,7 @@ from fastlora.adapter_io import (
     peft_keys,
     read_adapter,
 )
-from fastlora.merging import LoRALayer, check_finite, merge_anew
+from fastlora.merging import LoRALayer, check_finite, merge_anew, parameter_of
 from fastlora.modules import MAX_RANK, lora_scaling
 
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "scaling")
@@ -110,16 +110,17 @@ def switch_adapter(
     _apply(new, safe)
 
 
-def _keys(layers: Mapping[str, LoRALayer], found: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+def _keys(layers: Mapping[str, LoRALayer], found: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """Return the keys of each layer: PEFT's names if ``found`` has any, else the model's own."""
     if not any(isinstance(key, str) and key.startswith(PREFIX) for key in found):
-        return [tuple([f"{name}.{part}" for part in PARTS]) for name in layers]
+        return [(f"{name}.lora_A", f"{name}.lora_B") for name in layers]
     for name, layer in layers.items():
         if not layer.peft_names:
             raise ValueError(
                 f"{name} is a {type(layer).__name__}, which PEFT's format has no place for"
             )
-    return [tuple(peft_keys(name, layer).values()) for name, layer in layers.items()]
+    named = [peft_keys(name, layer) for name, layer in layers.items()]
+    return [(keys["lora_A"], keys["lora_B"]) for keys in named]
 
 
 def _new_adapter(
@@ -129,7 +130,7 @@ def _new_adapter(
     found: Mapping[str, Tensor],
     config: Mapping[str, Any] | None,
 ) -> _Adapter:
-    parameters = layer.lora_A, layer.lora_B
+    parameters = parameter_of(layer, "lora_A"), parameter_of(layer, "lora_B")
     settings, shapes = None, [parameter.shape for parameter in parameters]
     if config is not None:
         alpha, rslora = alpha_of(name, config)
@@ -144,11 +145,12 @@ def _new_adapter(
     tensors = []
     for key, parameter, shape in zip(keys, parameters, shapes, strict=True):
         tensor = found[key]
+        dtype, device = parameter.dtype, parameter.device
         check_tensor(key, tensor, parameter, shape)
-        if shape != parameter.shape:  # it becomes the Parameter, so it is a copy
-            tensor = tensor.detach().to(parameter.device, parameter.dtype, copy=True)
-        elif tensor.dtype != parameter.dtype or tensor.device != parameter.device:
-            tensor = tensor.detach().to(parameter.device, parameter.dtype)
+        if config is not None and shape != parameter.shape:
+            tensor = tensor.detach().to(device, dtype, copy=True)  # it becomes the Parameter
+        elif tensor.dtype is not dtype or tensor.device != device:
+            tensor = tensor.detach().to(device, dtype)
         tensors.append(tensor)
     return _Adapter(layer, parameters, tuple(tensors), settings)
 
