@@ -191,16 +191,37 @@ def multi_gemm_tma_config(
 
 
 def multi_decode_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchConfig | None:
-    """Tiles of `lora_multi_gemm` for at most 256 rows, or ``None`` above.
+    """Tiles of `lora_multi_decode`, for at most 256 rows, or ``None`` above.
 
-    There the time is that of streaming W: narrow tiles give every SM a share, and many stages keep its
-    loads in flight. Chosen by arithmetic, not yet by measurement.
+    The time is that of streaming W, for which every SM wants a share; every tile also reads its rows of x
+    from L2, so that narrow tiles cost much where rows are many. Alone, bf16, K = 4096, W in L2, in us, cuBLAS
+    in brackets: 64 rows to N = 4096 9.7 (9.3), to 14336 40.4 (44.9), 256 rows to 4096 18.6 (17.9). 16
+    rows to 4096 take 6.3 alone (9.3), but with the adapters' kernels beside them two parts of K are best.
     """
     if M > 256:
         return None
-    block_m = 16 if M <= 16 else 32 if M <= 32 else 64
-    block_n = 64 if cdiv(N, 64) >= num_sms else 32
-    return LaunchConfig(block_m, block_n, 256 // itemsize, num_warps=4, num_stages=4)
+    depth = 256 // itemsize
+    wide = cdiv(N, 64) >= num_sms
+    if M <= 16:
+        return LaunchConfig(16, 64, depth, num_warps=4, num_stages=4, SPLITS=1 if wide else 2)
+    if M <= 32:
+        return LaunchConfig(32, 64 if wide else 32, depth, num_warps=4, num_stages=4)
+    if M <= 64:
+        block_n = 128 if wide else 32
+        return LaunchConfig(64, block_n, depth, num_warps=4, num_stages=3 if wide else 4)
+    if M <= 192:
+        return LaunchConfig(64, 64, depth, num_warps=4, num_stages=4)
+    return LaunchConfig(128, 128, depth // 2, num_warps=8, num_stages=4)
+
+
+def multi_decode_overlaps(M: int) -> bool:
+    """Whether the kernels of a decode step begin beside one another.
+
+    16 rows, 4096 -> 4096, 16 adapters: 12.8 us so. With 64 rows it takes 33.1, where the three kernels
+    take 5.4, 9.8 and 9.7 alone, and with 256 rows and these tiles more than 51 instead of 6.2, 8.2 and 18.6:
+    what waits for another kernel keeps it from the SM. The sums were not timed in sequence.
+    """
+    return M <= 16
 
 
 def multi_expand_config(block_m: int, R: int, itemsize: int) -> LaunchConfig:

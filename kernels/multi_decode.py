@@ -17,7 +17,7 @@ from .common import (
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import LaunchConfig, cdiv
+from .config import LaunchConfig, cdiv, multi_decode_overlaps
 from .launch import Launch, cached_plan
 
 
@@ -89,7 +89,8 @@ def _plan(
     precision: str,
 ) -> tuple[int, Launch, Launch]:
     """Parts of K, the launch of the product, and the one that sums the parts."""
-    (M, K), N, pdl, has_bias = shape, w_shape[0], has_pdl(device), bias_dtype is not None
+    (M, K), N, has_bias = shape, w_shape[0], bias_dtype is not None
+    pdl = has_pdl(device) and multi_decode_overlaps(M)
     split_k = cdiv(cdiv(K, c.SPLITS), c.BLOCK_K) * c.BLOCK_K
     parts = cdiv(K, split_k)
     product = Launch(

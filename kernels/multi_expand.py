@@ -17,7 +17,7 @@ from .common import (
     strides,
     wait_for_previous_kernel,
 )
-from .config import cdiv, multi_expand_config, rank_step
+from .config import cdiv, multi_decode_overlaps, multi_expand_config, rank_step
 from .launch import Launch, cached_plan
 
 
@@ -31,7 +31,7 @@ def _lora_multi_expand_kernel(
     """``u[m, n] = sum_r s[m, r] B[l, n, r]`` for blocks of rows that share adapter l.
 
     Grid: ``(blocks of rows, splits of columns)``, few enough to be on the GPU at once with the next kernel,
-    which may begin beside this one; this one waits for the kernel that makes s.
+    which may begin beside this one; this one then waits for the kernel that makes s.
     """
     let_next_kernel_start(PDL)
     start = tl.load(starts_ptr + tl.program_id(0))
@@ -88,7 +88,7 @@ def _plan(
     (parts, M, R), N = s_shape, b_shape[1]
     c = multi_expand_config(block_m, R, dtype.itemsize)
     splits = max(1, min(cdiv(N, c.BLOCK_N), 4 * device_properties(device)[1] // blocks))
-    pdl = has_pdl(device)
+    pdl = has_pdl(device) and multi_decode_overlaps(M)
     names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     return Launch(
         _lora_multi_expand_kernel, (blocks, splits), device,
