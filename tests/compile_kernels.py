@@ -121,8 +121,8 @@ def cases() -> list[Case]:
         found += [Case(op, 80, "tf32", **drop), Case(op, 80, "tf32", R=256, **drop)]
     for arch in (80, 90):
         for op in ("shrink", "grad_a", "grad_ab"):
-            for rank in (16, 64, 128, 256):
-                found += [Case(op, arch, R=rank), Case(op, arch, R=rank, dropout=True)]
+            found.append(Case(op, arch))
+            found += [Case(op, arch, R=rank, dropout=True) for rank in (16, 64, 128, 256)]
             found += [
                 Case(op, arch, R=16, dropout=True, fp32_adapters=True, tensor_scaling=True),
                 Case(op, arch, "fp16", R=64, dropout=True),
@@ -330,8 +330,7 @@ def multi_launches(
         s = new((parts, M, R), dtype=dtype if parts == 1 else torch.float32)
         if plan[0] == "decode":
             u = modules["multi_expand"].lora_multi_expand(s, right, ranks, rows, 16, dtype)
-            for c in (plan[1], dataclasses.replace(plan[1], SPLITS=4)):
-                modules["multi_decode"].lora_multi_decode(x, weight, u, ids, c, **options)
+            modules["multi_decode"].lora_multi_decode(x, weight, u, ids, plan[1], **options)
             return
         width = min(slots, plan[1].BLOCK_M)
         tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)
