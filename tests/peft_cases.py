@@ -113,6 +113,7 @@ def only(which: str) -> Iterator[None]:
         else:
             patch.setattr(peft_layers, "lora_linear", forbidden)
             patch.setattr(peft_layers, "lora_linear_multi", forbidden)
+            patch.setattr(peft_layers, "dora_linear", forbidden)
         yield
 
 

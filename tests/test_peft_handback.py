@@ -142,9 +142,11 @@ def adapter_elsewhere(model: nn.Module) -> None:
     cases.lin(model).set_adapter(["absent"])
 
 
-def second_is_dora(model: nn.Module) -> None:
-    cases.add_adapter(model, "dora", r=3, use_dora=True)
-    model.set_adapter("dora")
+def second_is_a_variant(model: nn.Module) -> None:
+    cases.add_adapter(model, "other", r=3, use_dora=True)
+    model.set_adapter("other")
+    variants = cases.lin(model).lora_variant
+    variants["other"] = type("AnyLinearVariant", (type(variants["other"]),), {})()
 
 
 HANDED_BACK: dict[str, tuple[Callable[[nn.Module], None], str]] = {
@@ -176,7 +178,7 @@ HANDED_BACK: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "disabled": (disabled, "adapters are disabled"),
     "merged": (merged, "merged into the base weight"),
     "no such adapter": (adapter_elsewhere, "no adapter in use is in this layer"),
-    "DoRA active": (second_is_dora, "'dora' is a variant of LoRA, Dora"),
+    "another variant": (second_is_a_variant, "'other' is a variant of LoRA, Any"),
 }
 
 
@@ -296,9 +298,11 @@ def test_left_alone_with_a_reason(device: str):
 
 def test_a_layer_with_variants_only_is_left_alone():
     model = cases.make_model(use_dora=True)
+    variants = cases.lin(model).lora_variant
+    variants["default"] = type("AnyLinearVariant", (type(variants["default"]),), {})()
     report = fastlora.accelerate(model)
     assert report.left == (
-        ("base_model.model.lin", "each of its adapters is a variant of LoRA: Dora"),
+        ("base_model.model.lin", "each of its adapters is a variant of LoRA: Any"),
     )
     assert type(cases.lin(model)) is PeftLinear
 

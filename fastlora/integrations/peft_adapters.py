@@ -19,13 +19,17 @@ from fastlora.routing_ops import NO_ADAPTER
 
 
 class Adapter(NamedTuple):
-    """What one adapter of a layer holds at this moment: ``scaling * (dropout(x) A^T B^T + bias)``."""
+    """What one adapter of a layer holds at this moment: ``scaling * (dropout(x) A^T B^T + bias)``.
+
+    With a ``magnitude [N]`` it is DoRA, which scales the frozen product too.
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
     scaling: float | Tensor
     dropout_p: float
+    magnitude: Tensor | None = None
 
 
 def add_bias(bias: Tensor | None, adapter: Adapter) -> Tensor | None:

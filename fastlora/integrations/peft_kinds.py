@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from fastlora.integrations import peft_embedding, peft_layers
@@ -23,6 +24,8 @@ class Kind(NamedTuple):
     ours: type[nn.Module]
     adapters: str
     """Attribute that holds the adapters by name."""
+    variants: tuple[type, ...]
+    """The variants of LoRA that ours computes, beside LoRA itself."""
     kind_problem: Callable[[nn.Module], str | None]
     """Why a base layer is not of a kind whose arithmetic we know."""
     operands: Callable[[Any], object]
@@ -34,6 +37,7 @@ KINDS = (
         PeftLinear,
         peft_layers.AcceleratedLinear,
         "lora_A",
+        (DoraLinearVariant,),
         peft_layers.kind_problem,
         peft_layers.operands,
     ),
@@ -41,6 +45,7 @@ KINDS = (
         PeftEmbedding,
         peft_embedding.AcceleratedEmbedding,
         "lora_embedding_A",
+        (),
         peft_embedding.kind_problem,
         peft_embedding.operands,
     ),
@@ -64,7 +69,7 @@ def kind_of(layer: Any) -> Kind | str:
 def _state_problem(layer: Any, kind: Kind) -> str | None:
     if "_hf_hook" in layer.__dict__ or "forward" in layer.__dict__:
         return "its forward was replaced on the instance (accelerate's hooks do so)"
-    variants = layer.lora_variant
+    variants = {k: v for k, v in layer.lora_variant.items() if type(v) not in kind.variants}
     if variants and all(name in variants for name in getattr(layer, kind.adapters)):
         names = sorted({variant_name(variant) for variant in variants.values()})
         return f"each of its adapters is a variant of LoRA: {', '.join(names)}"

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from fastlora.dispatch import problem_for
+from fastlora.dora import dora_linear
 from fastlora.functional import autocast_dtype, lora_linear
 from fastlora.integrations.peft_adapters import Adapter, add_bias, concatenate, routing_for, stack
 from fastlora.multi import lora_linear_multi
@@ -59,6 +62,17 @@ class AcceleratedLinear(PeftLinear):  # type: ignore[misc]
             p = adapters[0].dropout_p
             return lora_linear_multi(x, weight, stack(adapters), routing, bias=bias, dropout_p=p)
         adapter = adapters[0] if len(adapters) == 1 else concatenate(adapters)
+        if adapter.magnitude is not None:
+            return dora_linear(
+                x,
+                weight,
+                adapter.lora_A,
+                adapter.lora_B,
+                adapter.magnitude,
+                bias=bias,
+                scaling=adapter.scaling,
+                dropout_p=adapter.dropout_p,
+            )
         return lora_linear(
             x,
             weight,
@@ -140,6 +154,13 @@ def _combination_problem(adapters: dict[str, Adapter], mixed: bool) -> str | Non
     """Why these adapters cannot be applied together in one pass; None if they can."""
     if not adapters:
         return "no adapter in use is in this layer"
+    for name, adapter in adapters.items():
+        if adapter.magnitude is None:
+            continue
+        if mixed or len(adapters) > 1:
+            return f"adapter {name!r} is DoRA, and not the only one in use"
+        if adapter.bias is not None:
+            return f"adapter {name!r} is DoRA with a bias on lora_B"
     if mixed:
         p = next(iter(adapters.values())).dropout_p
         for adapter in adapters.values():
@@ -207,9 +228,9 @@ def _read_adapter(layer: PeftLinear, name: str) -> Adapter | str | None:
     lora_a = modules["lora_A"]._modules.get(name)
     if lora_a is None:
         return None
-    variant = layer.lora_variant.get(name)
-    if variant is not None:
-        return f"adapter {name!r} is a variant of LoRA, {variant_name(variant)}"
+    magnitude = _read_magnitude(layer, name)
+    if isinstance(magnitude, str):
+        return magnitude
     lora_b = modules["lora_B"]._modules[name]
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"lora_A or lora_B of {name!r} is not exactly torch.nn.Linear"
@@ -243,7 +264,27 @@ def _read_adapter(layer: PeftLinear, name: str) -> Adapter | str | None:
         or interception(lora_b, "lora_B")
         or interception(dropout, "lora_dropout")
     )
-    return problem or Adapter(a, b, bias, scaling, p)
+    return problem or Adapter(a, b, bias, scaling, p, magnitude)
+
+
+def _read_magnitude(layer: PeftLinear, name: str) -> Tensor | str | None:
+    """The magnitude of a DoRA adapter, why only PEFT can apply this variant, or None for plain LoRA."""
+    variant = layer.lora_variant.get(name)
+    if variant is None:
+        return None
+    if type(variant) is not DoraLinearVariant:
+        return f"adapter {name!r} is a variant of LoRA, {variant_name(variant)}"
+    if layer.ephemeral_gpu_offload:
+        return f"adapter {name!r} is DoRA with ephemeral_gpu_offload"
+    module = layer._modules["lora_magnitude_vector"]._modules.get(name)
+    if type(module) is not DoraLinearLayer:
+        return f"the magnitude of {name!r} is not exactly PEFT's DoraLinearLayer"
+    magnitude: Any = module._parameters.get("weight")
+    if type(magnitude) not in PLAIN or magnitude.dim() != 1 or hasattr(magnitude, "ds_id"):
+        return f"the magnitude of {name!r} is no plain, whole parameter"
+    if magnitude.get_device() != layer._modules["lora_A"]._modules[name].weight.get_device():
+        return f"the magnitude of {name!r} is on {magnitude.device}, lora_A is not"
+    return interception(module, "the magnitude") or magnitude
 
 
 def scaling_problem(scaling: object, name: str) -> str | None:
