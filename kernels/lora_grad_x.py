@@ -231,7 +231,8 @@ def lora_grad_x(
         lora_A (Tensor): ``[R, K]``, any strides, cast to the dtype of dy for the product.
         mask (Tensor | None): packed keep mask of `lora_shrink`. Default: ``None``, all kept.
         beside (bool): ds is complete already, and the kernel launched just before this one, none of whose
-            results are read here, leaves room for this one to run beside it. Default: ``False``.
+            results are read here, leaves room for this one to run beside it; only where TMA takes ds
+            and lora_A as they are. Default: ``False``.
 
     Returns:
         Tensor: ``[M, K]``.
@@ -243,8 +244,9 @@ def lora_grad_x(
         dot_precision(dy.dtype, N), beside,
     )  # fmt: skip
     if not (described and (mask is not None or aligned(ds, lora_A) or not by_tma)):
+        # The kernel before is a copy then, whose result is read: there is nothing to run beside.
         ds, lora_A = for_tma(ds, dy.dtype), for_tma(lora_A, dy.dtype)
-        return lora_grad_x(dy, weight, ds, lora_A, mask, beside=beside)
+        return lora_grad_x(dy, weight, ds, lora_A, mask)
     dx = dy.new_empty((M, K))
     if not by_tma:
         launch(dy, weight, dx, ds, lora_A, mask)
