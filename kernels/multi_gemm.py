@@ -55,14 +55,15 @@ def _add_slot_products(
     j = 0
     slot = tl.load(slots)
     while slot >= 0:
+        j += 1
+        following = tl.load(slots + j, mask=j < width, other=-1)  # on its way during the product
+        rank = rank_of(ranks_ptr, slot, R)
         acc = add_rank_product(
             acc, s_ptr, b_ptr + slot.to(tl.int64) * stride_bl,
-            offs_m, (ids == slot)[:, None], offs_n, N, rank_of(ranks_ptr, slot, R),
-            rank_of(ranks_ptr, slot, R), 0, stride_sm, stride_bn, stride_br,
-            DTYPE, PRECISION, 1, BLOCK_R,
+            offs_m, (ids == slot)[:, None], offs_n, N, rank, rank,
+            0, stride_sm, stride_bn, stride_br, DTYPE, PRECISION, 1, BLOCK_R,
         )  # fmt: skip
-        j += 1
-        slot = tl.load(slots + j, mask=j < width, other=-1)
+        slot = following
     return acc
 
 
