@@ -25,7 +25,10 @@ from fastlora.kernels.lora_shrink import lora_shrink
 _EAGERLY = "; run this part eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
 
 
-def _factor(scaling: float, scaling_tensor: Tensor | None, device: torch.device) -> float | Tensor:
+def factor_on(
+    scaling: float, scaling_tensor: Tensor | None, device: torch.device
+) -> float | Tensor:
+    """The scaling that kernels on ``device`` take: the number, or the tensor in its place."""
     if scaling_tensor is None:
         return scaling
     # On a GPU the kernels read it. A scalar on the CPU beside them is read here, which syncs nothing.
@@ -48,11 +51,10 @@ def fused_forward(
     Give y ``[M, N]``, s ``[M, R]``, and the mask ``[M, ceil(K / 8)]``, ``None`` without dropout.
     ``scaling_tensor``, 0-dim, takes the place of ``scaling`` where there is one.
     """
-    factor = _factor(scaling, scaling_tensor, x.device)
+    factor = factor_on(scaling, scaling_tensor, x.device)
     N = weight.shape[0]
-    if (
-        lora_B.dtype != x.dtype
-    ):  # before s is made: the product begins beside the kernel that makes it
+    if lora_B.dtype != x.dtype:
+        # Before s is made: the product begins beside the kernel that makes it.
         lora_B = for_tma(lora_B, x.dtype)
     s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed, product_columns=N)
     return lora_forward(x, weight, s, lora_B, bias), s, mask
@@ -81,13 +83,12 @@ def fused_backward(
         return None, None, None
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
-    factor = _factor(scaling, scaling_tensor, dy.device)
+    factor = factor_on(scaling, scaling_tensor, dy.device)
     if need_x and need_a and need_b:  # dA and dB are made beside dx
         made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
         a_dtype = lora_A.dtype
-        if (
-            mask is None
-        ):  # a copy for TMA must not come between the two kernels that run side by side
+        if mask is None:
+            # A copy for TMA must not come between the two kernels that run side by side.
             lora_A = for_tma(lora_A, dy.dtype)
         grads = lora_grad_ab(x, made, mask, dy, s, a_dtype, lora_B.dtype)
         return lora_grad_x(dy, weight, made, lora_A, mask, beside=True), *grads

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlora.autograd import KernelFunction, _factor, refuse_graph_of_backward, waited_for
+from fastlora.autograd import KernelFunction, factor_on, refuse_graph_of_backward, waited_for
 from fastlora.kernels.lora_embedding import lora_embedding, lora_embedding_grad_a
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.reference import sparse_columns
@@ -43,7 +43,7 @@ def fused_forward(
     s is ``[M, R]``, ``None`` unless ``need_s``: the gradient of lora_B is what needs it. The options of the
     gradients follow: ``padding_idx``, -1 for none, ``scale_grad_by_freq`` and ``sparse``.
     """
-    factor = _factor(scaling, scaling_tensor, weight.device)
+    factor = factor_on(scaling, scaling_tensor, weight.device)
     return lora_embedding(ids, weight, lora_A, lora_B, factor, need_s=need_s)
 
 
@@ -60,7 +60,7 @@ def fused_backward(
 
     s may be ``None`` where dB is not.
     """
-    factor = _factor(scaling, scaling_tensor, dy.device)
+    factor = factor_on(scaling, scaling_tensor, dy.device)
     return lora_grad_b(dy, s, lora_B, factor, need_ds=need_ds, need_db=need_db)
 
 

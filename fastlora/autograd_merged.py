@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.autograd import _factor, refuse_graph_of_backward, waited_for
+from fastlora.autograd import factor_on, refuse_graph_of_backward, waited_for
 from fastlora.kernels.config import dropout_threshold
 from fastlora.kernels.lora_forward_sliced import Slices, lora_forward_sliced
 from fastlora.kernels.lora_grad_a import lora_grad_a
@@ -37,7 +37,7 @@ def fused_forward(
 
     Give y ``[M, N]``, s ``[G, M, R]``, and the mask ``[M, ceil(K / 8)]``, ``None`` without dropout.
     """
-    factor = _factor(scaling, scaling_tensor, x.device)
+    factor = factor_on(scaling, scaling_tensor, x.device)
     stacked, mask = lora_shrink(x, lora_A, factor, dropout_p, seed)  # [M, G R]
     groups, R = len(slices), lora_B.shape[1]
     s = stacked.view(-1, groups, R).transpose(0, 1).contiguous()
@@ -69,7 +69,7 @@ def fused_backward(
         return None, None, None
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
-    factor = _factor(scaling, scaling_tensor, dy.device)
+    factor = factor_on(scaling, scaling_tensor, dy.device)
     need_ds = need_x or need_a
     widths = [last - first for first, last in slices]
     parts: list[tuple[Any, Any]] = [

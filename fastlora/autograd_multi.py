@@ -17,6 +17,7 @@ from fastlora.autograd import refuse_graph_of_backward, waited_for
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import (
     MULTI_BLOCK_M,
+    LaunchConfig,
     dropout_threshold,
     keep_scale,
     multi_shrink_parts,
@@ -26,6 +27,31 @@ from fastlora.kernels.multi_expand import lora_multi_expand
 from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
 from fastlora.kernels.multi_shrink import lora_multi_shrink
+
+
+def _blocks(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels that take blocks of rows of one adapter go by."""
+    return routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    ranks: Tensor | None,
+    routing: Routing,
+    tiles: tuple[str, LaunchConfig],
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``x W^T + bias + mask * (s B[l]^T)``: for few rows, which have no mask, by way of the update alone."""
+    kind, c = tiles
+    if kind == "decode":
+        u = lora_multi_expand(s, lora_B, ranks, _blocks(routing), MULTI_BLOCK_M, x.dtype)
+        return lora_multi_decode(x, weight, u, routing.ids, c, bias)
+    slots = (routing.ids, routing.tile_slots(c.BLOCK_M))
+    return lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias, mask)
 
 
 def fused_forward(
@@ -50,17 +76,10 @@ def fused_forward(
     in_parts = tiles[0] == "decode" and not need_s  # backward wants s as one tensor
     num_sms = device_properties(x.device)[1]
     s, mask = lora_multi_shrink(
-        x, lora_A, scaling, ranks,
-        (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M)), MULTI_BLOCK_M,
-        dropout_p, seed, parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
+        x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed,
+        parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
     )  # fmt: skip
-    if tiles[0] == "decode":
-        blocks = (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M))
-        u = lora_multi_expand(s, lora_B, ranks, blocks, MULTI_BLOCK_M, x.dtype)
-        y = lora_multi_decode(x, weight, u, routing.ids, tiles[1], bias)
-    else:
-        slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
-        y = lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias)
+    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias=bias)
     return y, s[0] if need_s else None, mask
 
 
@@ -92,20 +111,13 @@ def fused_backward(
     dx = da = db = ds = None
     if need_x or need_a:
         ds, _ = lora_multi_shrink(
-            dy, lora_B.transpose(1, 2), scaling, ranks,
-            (*rows, routing.block_starts(MULTI_BLOCK_M)), MULTI_BLOCK_M, factor=keep_scale(dropout_p),
+            dy, lora_B.transpose(1, 2), scaling, ranks, _blocks(routing), MULTI_BLOCK_M,
+            factor=keep_scale(dropout_p),
         )  # fmt: skip
     if need_x and ds is not None:
         turned = weight.t()
         tiles = multi_gemm_tiles(dy, turned, None if mask is None else lora_A.shape[1])
-        right = lora_A.transpose(1, 2)
-        if tiles[0] == "decode":
-            blocks = (*rows, routing.block_starts(MULTI_BLOCK_M))
-            u = lora_multi_expand(ds, right, ranks, blocks, MULTI_BLOCK_M, dy.dtype)
-            dx = lora_multi_decode(dy, turned, u, routing.ids, tiles[1])
-        else:
-            slots = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
-            dx = lora_multi_gemm(dy, turned, ds, right, ranks, slots, tiles, mask=mask)
+        dx = _product(dy, turned, ds, lora_A.transpose(1, 2), ranks, routing, tiles, mask=mask)
     if need_a and ds is not None:
         da = lora_multi_grad(
             x, ds[0], mask, ranks, (*rows, routing.segment_starts()), len(lora_A), lora_A.dtype

@@ -218,7 +218,7 @@ def multi_decode_overlaps(M: int) -> bool:
     """Whether the kernels of a decode step begin beside one another.
 
     16 rows, 4096 -> 4096, 16 adapters: 12.8 us so. With 64 rows it takes 33.1, where the three kernels
-    take 5.4, 9.8 and 9.7 alone, and with 256 rows and these tiles more than 51 instead of 6.2, 8.2 and 18.6:
+    take 5.4, 9.8 and 9.7 alone, and with 256 rows and these tiles 53.2, where they take 6.2, 8.2 and 18.6:
     what waits for another kernel keeps it from the SM. The sums were not timed in sequence.
     """
     return M <= 16
@@ -292,13 +292,13 @@ def grad_a_config(
 
 
 def grad_ab_config(
-    K: int, N: int, R: int, itemsize: int, num_sms: int, precision: str, dropout: bool
+    K: int, N: int, R: int, itemsize: int, num_sms: int, precision: str
 ) -> ReduceConfig:
     """Config of the launch that makes dA and dB while dx is computed beside it.
 
     A program takes a few columns over all rows, so that nothing is left to be summed; all programs are on
     the GPU at once, and small enough for the GEMM to fit beside two of them. It may be slow, for it has the
-    time of the GEMM: 8192 tokens, 4096 -> 4096, rank 16: 52 us alone, about 40 of them hidden.
+    time of the GEMM: 8192 tokens, 4096 -> 4096, rank 16: 54 us alone, of which dx beside it hides some 35.
     """
     if precision == "ieee" and itemsize == 4:
         return ReduceConfig(16, 32, 1, num_warps=4, num_stages=2)

@@ -97,7 +97,7 @@ def _plan(
     precision: str,
 ) -> Launch:
     (M, K), N, num_sms = shape, dy_shape[1], device_properties(device)[1]
-    c = grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision, has_dropout)
+    c = grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision)
     blocks_a = cdiv(K, c.BLOCK_C)
     return Launch(
         _lora_grad_ab_kernel, (blocks_a + cdiv(N, c.BLOCK_C),), device,

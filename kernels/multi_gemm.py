@@ -123,7 +123,7 @@ def _lora_multi_gemm_pointer_kernel(
     M, N, K, R, width, stride_xm, stride_xk, stride_wn, stride_wk,
     stride_sm, stride_bl, stride_bn, stride_br,
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,6 @@ def _lora_multi_gemm_pointer_kernel(
     offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if HAS_DROPOUT:
-        wait_for_previous_kernel(PDL)
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
             stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
@@ -150,7 +149,6 @@ def _lora_multi_gemm_pointer_kernel(
         PRECISION, BLOCK_K,
     )  # fmt: skip
     if not HAS_DROPOUT:
-        wait_for_previous_kernel(PDL)
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
             stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
@@ -231,21 +229,22 @@ def _plan(
 ) -> Launch:
     (M, K), (_, N, R) = shape, b_shape
     num_sms = device_properties(device)[1]
-    tiles, pdl = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N), kind == "tma" and has_pdl(device)
+    tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
     block_r = min(rank_step(R, dtype.itemsize), 32)  # adapters of lower rank pad less
     options: dict[str, Any] = {
         "HAS_BIAS": has_bias, "HAS_DROPOUT": has_dropout, "PRECISION": precision,
-        "PDL": pdl, "launch_pdl": pdl, "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
+        "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
         "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M, "BLOCK_R": block_r,
         "num_warps": c.num_warps, "num_stages": c.num_stages,
     }  # fmt: skip
     b_strides = strides(b_shape, b_stride)
     if kind == "tma":
+        pdl = has_pdl(device)
         return Launch(
             _lora_multi_gemm_tma_kernel, (min(num_sms, tiles),), device,
             M, N, K, R, width, s_stride[1], *b_strides,
             boxes=gemm_boxes(c, nk=w_stride[1] == 1), W_IS_NK=w_stride[1] == 1,
-            SUBTILES=c.SUBTILES, **options,
+            SUBTILES=c.SUBTILES, PDL=pdl, launch_pdl=pdl, **options,
         )  # fmt: skip
     return Launch(
         _lora_multi_gemm_pointer_kernel, (tiles,), device,
