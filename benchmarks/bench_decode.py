@@ -27,7 +27,6 @@ from fastlora.bench.clock import CudaClock, time_graphs
 from fastlora.kernels import launch, multi_gemm
 from fastlora.kernels.config import MULTI_BLOCK_M, LaunchConfig, multi_decode_config
 from fastlora.kernels.multi_decode import lora_multi_decode
-from fastlora.kernels.multi_expand import lora_multi_expand
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 
 CALLS = 20
@@ -56,16 +55,12 @@ def calls_of(
         x.double(), weight.double(), lora_A.double(), lora_B.double(), ids, scaling=2.0
     )
     s, _ = lora_multi_shrink(x, lora_A, factor, None, blocks, MULTI_BLOCK_M, parts=8)
-    u = torch.zeros(M, N, device="cuda")
-    calls: dict[str, Callable[[int], object]] = {
-        "base": lambda _: torch.mm(x, weight.t()),
-        "expand": lambda _: lora_multi_expand(s, lora_B, None, blocks, MULTI_BLOCK_M, x.dtype),
-    }
+    calls: dict[str, Callable[[int], object]] = {"base": lambda _: torch.mm(x, weight.t())}
     for parts in (4, 8, 16):
         calls[f"shrink in {parts}"] = lambda _, n=parts: lora_multi_shrink(  # type: ignore[misc]
             x, lora_A, factor, None, blocks, MULTI_BLOCK_M, parts=n
         )
-    chosen = multi_decode_config(M, N, 2, 132)
+    chosen = multi_decode_config(M, N, K, R, 2, 132)
     for c in tiles or ([chosen] if chosen is not None else []):
 
         def whole(_: int, c: LaunchConfig = c) -> torch.Tensor:
@@ -76,7 +71,9 @@ def calls_of(
         error = float((whole(0).double() - exact).norm() / exact.norm())
         if not error < 0.01:
             raise RuntimeError(f"{c}: relative error {error:.2g}")
-        calls[f"product {c}"] = lambda _, c=c: lora_multi_decode(x, weight, u, routing.ids, c)  # type: ignore[misc]
+        calls[f"product {c}"] = lambda _, c=c: lora_multi_decode(  # type: ignore[misc]
+            x, weight, s, lora_B, None, routing.ids, c
+        )
         calls[f"whole {c}"] = whole
     return calls
 

@@ -23,7 +23,6 @@ from fastlora.kernels.config import (
     multi_shrink_parts,
 )
 from fastlora.kernels.multi_decode import lora_multi_decode
-from fastlora.kernels.multi_expand import lora_multi_expand
 from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
 from fastlora.kernels.multi_shrink import lora_multi_shrink
@@ -45,11 +44,10 @@ def _product(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """``x W^T + bias + mask * (s B[l]^T)``: for few rows, which have no mask, by way of the update alone."""
+    """``x W^T + bias + mask * (s B[l]^T)``; the kernel for few rows has no mask."""
     kind, c = tiles
     if kind == "decode":
-        u = lora_multi_expand(s, lora_B, ranks, _blocks(routing), MULTI_BLOCK_M, x.dtype)
-        return lora_multi_decode(x, weight, u, routing.ids, c, bias)
+        return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, c, bias)
     slots = (routing.ids, routing.tile_slots(c.BLOCK_M))
     return lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias, mask)
 
@@ -72,12 +70,14 @@ def fused_forward(
     Give y ``[M, N]``, s ``[M, R]``, ``None`` unless ``need_s``, and the mask ``[M, ceil(K / 8)]``, ``None``
     without dropout. The gradient of lora_B is what needs s.
     """
-    tiles = multi_gemm_tiles(x, weight)
-    in_parts = tiles[0] == "decode" and not need_s  # backward wants s as one tensor
+    tiles = multi_gemm_tiles(x, weight, lora_A.shape[1])
+    few = tiles[0] == "decode"
+    in_parts = few and not need_s  # backward wants s as one tensor
     num_sms = device_properties(x.device)[1]
     s, mask = lora_multi_shrink(
         x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed,
         parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
+        early=few,
     )  # fmt: skip
     y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias=bias)
     return y, s[0] if need_s else None, mask
@@ -116,7 +116,7 @@ def fused_backward(
         )  # fmt: skip
     if need_x and ds is not None:
         turned = weight.t()
-        tiles = multi_gemm_tiles(dy, turned, None if mask is None else lora_A.shape[1])
+        tiles = multi_gemm_tiles(dy, turned, lora_A.shape[1], mask is not None)
         dx = _product(dy, turned, ds, lora_A.transpose(1, 2), ranks, routing, tiles, mask=mask)
     if need_a and ds is not None:
         da = lora_multi_grad(

@@ -83,11 +83,11 @@ def add_frozen_product(
 
 @triton.jit
 def rank_of(ranks_ptr, slot, R):
-    """The rank of the adapter in a slot: R for all where there is no table of ranks."""
+    """The ranks of the adapters in slots: R for all where there is no table of ranks."""
     if ranks_ptr is None:
         return R
     else:
-        return min(tl.load(ranks_ptr + slot), R)
+        return tl.minimum(tl.load(ranks_ptr + slot), R)
 
 
 @triton.jit
@@ -126,13 +126,15 @@ def store_tile(
     desc, acc, start_m, start_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile by TMA, whole or in two halves: halves need half the shared memory."""
-    if SUBTILES == 2:
-        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        desc.store([start_m, start_n], left.to(desc.dtype))  # [BLOCK_M, BLOCK_N/2]
-        desc.store([start_m, start_n + BLOCK_N // 2], right.to(desc.dtype))
-    else:
+    """Store a tile by TMA, whole or in 2 or 4 parts, one after the other in a part's shared memory."""
+    if SUBTILES == 1:
         desc.store([start_m, start_n], acc.to(desc.dtype))  # [BLOCK_M, BLOCK_N]
+    else:
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        store_tile(desc, left, start_m, start_n, BLOCK_M, BLOCK_N // 2, SUBTILES // 2)
+        store_tile(
+            desc, right, start_m, start_n + BLOCK_N // 2, BLOCK_M, BLOCK_N // 2, SUBTILES // 2
+        )
 
 
 @triton.jit

@@ -103,7 +103,9 @@ def gemm_tma_config(
     block_k = 128 // itemsize  # 128 bytes: one swizzle atom of shared memory
     if cdiv(M, 128) * cdiv(N, 256) >= num_sms:
         if beside:
-            return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=3, SUBTILES=2)
+            # The rank product's operands take what a store in quarters leaves.
+            subtiles = 2 if masked_rank is None else 4
+            return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=3, SUBTILES=subtiles)
         if masked_rank is None and itemsize == 2:
             return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=4, SUBTILES=2)
         # Beside a ring of 3 x 48 KB, a whole tile (64 KB) and rank 16's operands just fit.
@@ -190,15 +192,16 @@ def multi_gemm_tma_config(
     return gemm_tma_config(M, N, itemsize, num_sms, 64 if masked_rank is None else masked_rank)
 
 
-def multi_decode_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchConfig | None:
-    """Tiles of `lora_multi_decode`, for at most 256 rows, or ``None`` above.
+def multi_decode_config(
+    M: int, N: int, K: int, R: int, itemsize: int, num_sms: int
+) -> LaunchConfig | None:
+    """Tiles of `lora_multi_decode`, or ``None`` where rows or ranks are too many for it.
 
     The time is that of streaming W, for which every SM wants a share; every tile also reads its rows of x
-    from L2, so that narrow tiles cost much where rows are many. Alone, bf16, K = 4096, W in L2, in us, cuBLAS
-    in brackets: 64 rows to N = 4096 9.7 (9.3), to 14336 40.4 (44.9), 256 rows to 4096 18.6 (17.9). 16
-    rows to 4096 take 6.3 alone (9.3), but with the adapters' kernels beside them two parts of K are best.
+    from L2, so that narrow tiles cost much where rows are many. Each row reads its own B, even where rows
+    share an adapter: ``M R / K`` of W's bytes.
     """
-    if M > 256:
+    if M > 256 or M * R > 4 * K:
         return None
     depth = 256 // itemsize
     wide = cdiv(N, 64) >= num_sms
@@ -208,30 +211,24 @@ def multi_decode_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchCo
         return LaunchConfig(32, 64 if wide else 32, depth, num_warps=4, num_stages=4)
     if M <= 64:
         block_n = 128 if wide else 32
-        return LaunchConfig(64, block_n, depth, num_warps=4, num_stages=3 if wide else 4)
-    if M <= 192:
-        return LaunchConfig(64, 64, depth, num_warps=4, num_stages=4)
-    return LaunchConfig(128, 128, depth // 2, num_warps=8, num_stages=4)
+        return LaunchConfig(64, block_n, depth, num_warps=8, num_stages=3 if wide else 4)
+    if M <= 128:
+        return LaunchConfig(64, 64, depth, num_warps=8, num_stages=4)
+    return LaunchConfig(128, 128, depth // 2, num_warps=8, num_stages=4, SPLITS=1 if wide else 2)
 
 
-def multi_decode_overlaps(M: int) -> bool:
-    """Whether the kernels of a decode step begin beside one another.
-
-    16 rows, 4096 -> 4096, 16 adapters: 12.8 us so. With 64 rows it takes 33.1, where the three kernels
-    take 5.4, 9.8 and 9.7 alone, and with 256 rows and these tiles 53.2, where they take 6.2, 8.2 and 18.6:
-    what waits for another kernel keeps it from the SM. The sums were not timed in sequence.
-    """
-    return M <= 16
+def multi_decode_ranks(R: int, tile: int, num_warps: int, itemsize: int) -> int:
+    """Ranks that `lora_multi_decode` gathers at once for a tile of so many elements: 256 bytes a thread."""
+    return max(2, min(rank_block(R), 8192 * num_warps // (tile * itemsize)))
 
 
-def multi_expand_config(block_m: int, R: int, itemsize: int) -> LaunchConfig:
-    """Tiles of `lora_multi_expand`: ``BLOCK_N`` columns of B for a block of rows, 8 KB of B at most."""
-    block_n = max(32, min(256, (1 << 13) // (min(rank_step(R, itemsize), 32) * itemsize)))
-    return LaunchConfig(block_m, block_n, 0, num_warps=4, num_stages=1)
+def multi_decode_sum_columns(N: int) -> int:
+    """Columns of a program of the kernel that sums the parts of K."""
+    return 256 if N <= 4096 else 512
 
 
 def multi_shrink_parts(M: int, K: int, num_sms: int) -> int:
-    """Into how many sums over K `lora_multi_shrink` is split for `lora_multi_expand`, which adds them.
+    """Into how many sums over K `lora_multi_shrink` is split for `lora_multi_decode`, which adds them.
 
     A block of rows has one program otherwise, which reads K alone; at most 8 parts of 512 at least.
     """

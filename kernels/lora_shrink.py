@@ -159,7 +159,8 @@ def lora_shrink(
     s = empty_rows(M, R, x.dtype, x.device) if out is None else out
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
     launch(
-        x, lora_A, s, mask, seed, scaling if isinstance(scaling, Tensor) else float(scaling),
+        x, lora_A, s, mask, seed if has_dropout else None,
+        scaling if isinstance(scaling, Tensor) else float(scaling),
         dropout_threshold(dropout_p), keep_scale(dropout_p) * factor,
     )  # fmt: skip
     return s, mask

@@ -170,14 +170,15 @@ def _tiles(
     w_shape: tuple[int, ...],
     w_stride: tuple[int, ...],
     device: torch.device,
-    masked_rank: int | None,
+    R: int,
+    masked: bool,
     is_aligned: bool,
     precision: str,
 ) -> tuple[str, LaunchConfig]:
     (M, _), (N, K), itemsize = shape, w_shape, dtype.itemsize
     major, num_sms = device_properties(device)
-    if masked_rank is None and precision == "tf32":
-        decode = multi_decode_config(M, N, itemsize, num_sms)
+    if not masked and precision == "tf32":
+        decode = multi_decode_config(M, N, K, R, itemsize, num_sms)
         if decode is not None:
             return "decode", decode
     dense = rows_fit_tma(w_shape, w_stride, itemsize) or rows_fit_tma(
@@ -186,26 +187,27 @@ def _tiles(
     # The product's own rows, y, are as aligned as N is.
     fits = dense and rows_fit_tma(shape, stride, itemsize) and N * itemsize % 16 == 0
     if has_tma(major) and precision == "tf32" and is_aligned and fits:
-        return "tma", multi_gemm_tma_config(M, N, itemsize, num_sms, masked_rank)
+        return "tma", multi_gemm_tma_config(M, N, itemsize, num_sms, R if masked else None)
     return "pointer", gemm_pointer_config(itemsize, precision)
 
 
 def multi_gemm_tiles(
-    x: Tensor, weight: Tensor, masked_rank: int | None = None
+    x: Tensor, weight: Tensor, R: int, masked: bool = False
 ) -> tuple[str, LaunchConfig]:
-    """Which of the two kernels computes ``x weight^T``, and its tiles: the caller routes by BLOCK_M.
+    """Which kernel computes ``x weight^T`` and the rank product, and its tiles: the caller routes by BLOCK_M.
 
     Args:
         x (Tensor): ``[M, K]``.
         weight (Tensor): ``[N, K]``, any strides.
-        masked_rank (int | None): R when dropout's mask is applied to the rank product. Default: ``None``.
+        R (int): the rank of the stacked adapters.
+        masked (bool): whether dropout's mask is applied to the rank product. Default: ``False``.
 
     Returns:
         tuple: ``"decode"`` for `lora_multi_decode`, ``"tma"`` or ``"pointer"`` for `lora_multi_gemm`, and the
         launch configuration.
     """
     return _tiles(
-        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), x.device, masked_rank,
+        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), x.device, R, masked,
         aligned(x, weight), dot_precision(x.dtype, x.shape[1]),
     )  # fmt: skip
 

@@ -325,12 +325,13 @@ def multi_launches(
     gemm, config = modules["multi_gemm"], modules["config"]
 
     def product(x: Tensor, weight: Tensor, right: Tensor, **options: Any) -> None:
-        plan = gemm.multi_gemm_tiles(x, weight, R if case.dropout else None)
+        plan = gemm.multi_gemm_tiles(x, weight, R, case.dropout > 0)
         parts = config.multi_shrink_parts(M, K, 132) if plan[0] == "decode" else 1
         s = new((parts, M, R), dtype=dtype if parts == 1 else torch.float32)
         if plan[0] == "decode":
-            u = modules["multi_expand"].lora_multi_expand(s, right, ranks, rows, 16, dtype)
-            modules["multi_decode"].lora_multi_decode(x, weight, u, ids, plan[1], **options)
+            modules["multi_decode"].lora_multi_decode(
+                x, weight, s, right, ranks, ids, plan[1], **options
+            )
             return
         width = min(slots, plan[1].BLOCK_M)
         tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)

@@ -124,8 +124,8 @@ def calls(
                 few, wide, (draw(3, R, 1032, dtype=adapter), stack[1]), ids[:5]
             )
             c = LaunchConfig(16, 32, 64, num_warps=4, num_stages=3, SPLITS=3)
-            u = draw(5, N, dtype=torch.float32)
-            lora_multi_decode(few, wide, u, ids[:5].int(), c, bias)
+            s = draw(2, 5, R, dtype=torch.float32)
+            lora_multi_decode(few, wide, s, stack[1], None, ids[:5].int(), c, bias)
 
     def merged() -> None:
         step(

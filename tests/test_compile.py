@@ -34,7 +34,7 @@ OPS = (
     *("embedding", "sliced", "merge"),
 )
 NO_PRODUCT = {"_sum_splits_kernel", "_lora_multi_sum_kernel", "_lora_embedding_grad_a_kernel"}
-ONE_STEP = {"_lora_merge_kernel", "_lora_multi_expand_kernel"}
+ONE_STEP = {"_lora_merge_kernel"}
 
 
 @pytest.fixture(scope="module")

@@ -225,10 +225,12 @@ def operation(kind, device, p=0.5):
         leaves = [x, a, b]
         call = lambda: fastlora.lora_linear(x, weight, a, b, dropout_p=p)  # noqa: E731
     elif kind == "group":
-        leaves = [x, a, b]
-        weights, lora_bs = [weight, weight[:48]], [b, b[:48]]
-        group = fastlora.lora_linear_group
-        call = lambda: torch.cat(group(x, weights, [a, a], lora_bs, dropout_p=p), 1)  # noqa: E731
+        leaves, weights = [x, a, b], [weight, weight[:48]]
+
+        def call():  # b is cut here: a cut from before requires_grad_ joins the graph when b is written to
+            ys = fastlora.lora_linear_group(x, weights, [a, a], [b, b[:48]], dropout_p=p)
+            return torch.cat(ys, 1)
+
     elif kind == "multi":
         a, b = a.view(2, 4, 64).clone(), b.view(80, 2, 4).transpose(0, 1).contiguous()
         routing = fastlora.route(torch.randint(-1, 2, (96,), device=device), 2)

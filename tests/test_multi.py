@@ -351,18 +351,25 @@ def test_wrong_arguments(changes, error, message):
 
 @pytest.mark.parametrize("splits", [1, 3, 4])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_decode_in_parts_of_k(device, splits, with_bias):
+@pytest.mark.parametrize("R", [1, 3, 16, 40])
+def test_decode_in_parts_of_k(device, splits, with_bias, R):
     from fastlora.kernels.config import LaunchConfig
     from fastlora.kernels.multi_decode import lora_multi_decode
 
-    M, K, N = 21, 136, 40
+    M, K, N, slots = 21, 136, 40, 3
     x, weight = torch.randn(M, K, device=device), torch.randn(N, K, device=device)
-    u, ids = torch.randn(M, N, device=device), torch.arange(M, device=device).int() % 3 - 1
+    s, lora_B = torch.randn(2, M, R, device=device), torch.randn(slots, N, R, device=device)
+    ids, ranks = torch.arange(M, device=device).int() % 4 - 1, [R, (R + 1) // 2, 0]
     bias = torch.randn(N, device=device) if with_bias else None
+    exact = x.double() @ weight.double().t()
+    for m, slot in enumerate(ids.tolist()):
+        r = 0 if slot < 0 else ranks[slot]
+        exact[m] += lora_B[slot, :, :r].double() @ s[:, m, :r].double().sum(0)
+        s[:, m, r:] = float("nan")  # as the kernel that makes s leaves them
+    lora_B[1, :, ranks[1] :] = lora_B[2] = float("nan")  # an adapter that was here before
+    exact = exact if bias is None else exact + bias
     c = LaunchConfig(16, 32, 32, num_warps=4, num_stages=2, SPLITS=splits)
-    u[ids < 0] = float("nan")  # as the kernel that makes u leaves it
-    got = lora_multi_decode(x, weight, u, ids, c, bias)
-    expected = x.double() @ weight.double().t() + torch.where((ids >= 0)[:, None], u, 0).double()
-    expected = expected if bias is None else expected + bias
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
-    assert torch.equal(got, lora_multi_decode(x, weight, u, ids, c, bias))
+    held = torch.tensor(ranks, dtype=torch.int32, device=device)
+    got = lora_multi_decode(x, weight, s, lora_B, held, ids, c, bias)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+    assert torch.equal(got, lora_multi_decode(x, weight, s, lora_B, held, ids, c, bias))
