@@ -1,7 +1,8 @@
 """Run every kernel at small odd shapes, forward and backward, for a sanitizer to watch.
 
-``compute-sanitizer --tool memcheck python tests/sanitize.py``, likewise ``racecheck`` and ``initcheck``; run
-it once without, so that the kernels are in Triton's cache. Each tensor is an allocation of its own, so that
+``compute-sanitizer --tool memcheck python tests/sanitize.py``, likewise ``racecheck``; ``initcheck`` with
+``--pointers``, for it takes what TMA has written for unwritten. Run it once without a sanitizer, so that the
+kernels are in Triton's cache. Each tensor is an allocation of its own, so that
 a read past the end of one is not a read of its neighbour. Exits with 1 if a kernel of this GPU has not run.
 """
 
@@ -32,8 +33,8 @@ if importlib.util.find_spec("fastlora") is None:  # a checkout that is not insta
 
 import fastlora
 import fastlora.kernels
-from fastlora.kernels import launch
-from fastlora.kernels.common import device_properties, has_tma
+from fastlora.kernels import common, launch
+from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig
 from fastlora.kernels.lora_merge import lora_merge
 from fastlora.kernels.multi_decode import lora_multi_decode
@@ -186,11 +187,19 @@ def run(word: str = "") -> collections.Counter[str]:
     return counts
 
 
+def without_tma() -> None:
+    """Have every op take its pointer kernel."""
+    for module in pkgutil.iter_modules(fastlora.kernels.__path__):
+        importlib.import_module(f"fastlora.kernels.{module.name}").__dict__.update(
+            has_tma=lambda major: False
+        )
+
+
 def missing(counts: collections.Counter[str]) -> list[str]:
     """The kernels that this device has and that did not run."""
     major = device_properties(torch.device(DEVICE, 0 if DEVICE == "cuda" else None))[0]
     expected = kernel_names()
-    if not has_tma(major):
+    if not common.has_tma(major):
         # What a GPU without TMA cannot run.
         expected = {n for n in expected if "tma" not in n and n != "_lora_grad_x_dropout_kernel"}
     return sorted(expected - counts.keys())
@@ -199,7 +208,10 @@ def missing(counts: collections.Counter[str]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("word", nargs="?", default="", help="only the ops whose name holds it")
+    parser.add_argument("--pointers", action="store_true", help="no kernel that uses TMA")
     arguments = parser.parse_args()
+    if arguments.pointers:
+        without_tma()
     start = time.perf_counter()
     counts = run(arguments.word)
     seconds = time.perf_counter() - start
