@@ -105,8 +105,8 @@ def _lora_forward_sliced_pointer_kernel(
             acc = add_rank_product(
                 acc, s_ptr + tl.cast(g, tl.int64) * stride_sg, b_ptr,
                 offs_m, offs_m[:, None] < M, rows, b_rows, R, R_STEPS * BLOCK_R,
-                0, stride_sm, stride_bn, stride_br,
-                y_ptr.dtype.element_ty, PRECISION, 1, BLOCK_R,
+                stride_sm, stride_bn, stride_br,
+                y_ptr.dtype.element_ty, PRECISION, False, BLOCK_R,
             )  # fmt: skip
         b_row += last - first
     if HAS_BIAS:

@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    adapters_of_rows,
     add_bias,
     add_frozen_product,
     dot_precision,
     has_pdl,
     let_next_kernel_start,
-    rank_of,
     strides,
     tile_of,
     wait_for_previous_kernel,
@@ -25,24 +25,19 @@ from .launch import Launch, cached_plan
 
 
 @triton.jit
-def _ranks_of_rows(ids_ptr, ranks_ptr, offs_m, M, R):
-    """Slot and rank of each row; slot 0 and rank 0 where it has no adapter."""
-    slots = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)  # [BLOCK_M]
-    held = tl.maximum(slots, 0)
-    ranks = tl.where(slots >= 0, rank_of(ranks_ptr, held, R), 0)
-    return held.to(tl.int64), ranks
-
-
-@triton.jit
 def _gather(
-    b_ptr, slots, ranks, offs_n, start_r, N, stride_bl, stride_bn, stride_br, BLOCK_R: tl.constexpr
-):
-    """``B[l, n, r]`` of each row's adapter l; 0 past its rank, where nothing is read."""
+    b_ptr, slots, ranks, offs_n, start_r, N, R, stride_bl, stride_bn, stride_br, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """``B[l, n, r]`` of each row's adapter l, as far as its rank rounded up to 8; nothing past that is read.
+
+    A mask that changes inside of 16 bytes would have each element loaded alone.
+    """
     offs_r = start_r + tl.arange(0, BLOCK_R)
+    inside = (offs_n[None, :, None] < N) & (offs_r[None, None, :] < R)
     return tl.load(
         b_ptr + slots[:, None, None] * stride_bl
         + offs_n[None, :, None] * stride_bn + offs_r[None, None, :].to(tl.int64) * stride_br,
-        mask=(offs_r[None, None, :] < ranks[:, None, None]) & (offs_n[None, :, None] < N),
+        mask=inside & (((offs_r // 8) * 8)[None, None, :] < ranks[:, None, None]),
         other=0.0,
     )  # [BLOCK_M, BLOCK_N, BLOCK_R]  # fmt: skip
 
@@ -58,6 +53,7 @@ def _update(
     s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
     for part in tl.static_range(1, PARTS):
         s += tl.load(s_ptrs + part * stride_sp, mask=mask, other=0.0)
+    b = tl.where(mask[:, None, :], b, 0.0)  # what is there from an adapter before
     return tl.sum(s[:, None, :] * b.to(tl.float32), axis=2)  # [BLOCK_M, BLOCK_N]
 
 
@@ -82,8 +78,8 @@ def _lora_multi_decode_kernel(
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_k = tl.program_id(1).to(tl.int64) * split_k
     if not IN_PARTS:
-        slots, ranks = _ranks_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
-        b = _gather(b_ptr, slots, ranks, offs_n, 0, N, stride_bl, stride_bn, stride_br, BLOCK_R)
+        slots, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
+        b = _gather(b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc = add_frozen_product(
         acc, x_ptr + first_k * stride_xk, w_ptr + first_k * stride_wk, offs_m, offs_n, M, N,
@@ -95,7 +91,9 @@ def _lora_multi_decode_kernel(
     else:
         acc += _update(b, s_ptr, ranks, offs_m, 0, stride_sp, stride_sm, S_PARTS, BLOCK_R)
         for r in range(BLOCK_R, tl.max(ranks, axis=0), BLOCK_R):
-            b = _gather(b_ptr, slots, ranks, offs_n, r, N, stride_bl, stride_bn, stride_br, BLOCK_R)
+            b = _gather(
+                b_ptr, slots, ranks, offs_n, r, N, R, stride_bl, stride_bn, stride_br, BLOCK_R
+            )
             acc += _update(b, s_ptr, ranks, offs_m, r, stride_sp, stride_sm, S_PARTS, BLOCK_R)
         if HAS_BIAS:
             acc = add_bias(acc, bias_ptr, offs_n, N)
@@ -118,15 +116,15 @@ def _lora_multi_sum_kernel(
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = offs_n[None, :] < N
     tile = offs_m[:, None] * N + offs_n[None, :]
-    slots, ranks = _ranks_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
-    b = _gather(b_ptr, slots, ranks, offs_n, 0, N, stride_bl, stride_bn, stride_br, BLOCK_R)
+    slots, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
+    b = _gather(b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, BLOCK_R)
     wait_for_previous_kernel(PDL)
     acc = tl.zeros((1, BLOCK_N), dtype=tl.float32)
     for part in range(0, parts):
         acc += tl.load(parts_ptr + tl.cast(part, tl.int64) * M * N + tile, mask=inside, other=0.0)
     acc += _update(b, s_ptr, ranks, offs_m, 0, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     for r in range(BLOCK_R, tl.max(ranks, axis=0), BLOCK_R):
-        b = _gather(b_ptr, slots, ranks, offs_n, r, N, stride_bl, stride_bn, stride_br, BLOCK_R)
+        b = _gather(b_ptr, slots, ranks, offs_n, r, N, R, stride_bl, stride_bn, stride_br, BLOCK_R)
         acc += _update(b, s_ptr, ranks, offs_m, r, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, offs_n, N)

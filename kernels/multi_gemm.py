@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    adapters_of_rows,
     add_bias,
     add_frozen_product,
     add_rank_product,
@@ -60,8 +61,8 @@ def _add_slot_products(
         rank = rank_of(ranks_ptr, slot, R)
         acc = add_rank_product(
             acc, s_ptr, b_ptr + slot.to(tl.int64) * stride_bl,
-            offs_m, (ids == slot)[:, None], offs_n, N, rank, rank,
-            0, stride_sm, stride_bn, stride_br, DTYPE, PRECISION, 1, BLOCK_R,
+            offs_m, (ids == slot)[:, None], offs_n, N, R, rank,
+            stride_sm, stride_bn, stride_br, DTYPE, PRECISION, ranks_ptr is not None, BLOCK_R,
         )  # fmt: skip
         slot = following
     return acc
@@ -97,7 +98,9 @@ def _lora_multi_gemm_tma_kernel(
                 acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
                 stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, BLOCK_R,
             )  # fmt: skip
-            keep = load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N)
+            _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
+            drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
+            keep = load_keep(mask_ptr, drawn, start_n, M, N, BLOCK_M, BLOCK_N)
             acc = tl.where(keep, acc, 0.0)
         for k in range(0, tl.cdiv(K, BLOCK_K)):
             x = x_desc.load([start_m, k * BLOCK_K])  # [BLOCK_M, BLOCK_K]
@@ -142,7 +145,9 @@ def _lora_multi_gemm_pointer_kernel(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
             stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
         )  # fmt: skip
-        keep = load_keep(mask_ptr, offs_m, start_n, M, N, BLOCK_M, BLOCK_N)
+        _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
+        drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
+        keep = load_keep(mask_ptr, drawn, start_n, M, N, BLOCK_M, BLOCK_N)
         acc = tl.where(keep, acc, 0.0)
     acc = add_frozen_product(
         acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
