@@ -194,6 +194,19 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=["tma", "pointer"])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variant of the products: TMA where the tensors allow it, or pointers for all."""
+    pytest.importorskip("triton")
+    if request.param == "pointer":
+        for name in ("lora_forward", "lora_forward_sliced", "lora_grad_x"):
+            module = importlib.import_module(f"fastlora.kernels.{name}")
+            monkeypatch.setattr(module, "has_tma", lambda major: False)
+    elif HAS_CUDA and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the TMA variants run on sm_90")
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

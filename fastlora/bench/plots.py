@@ -162,24 +162,26 @@ def _wrap(text: str, width: int) -> str:
 
 
 def _lines(
-    results: Results,
-    found: dict[str, dict[str, Result]],
-    x_of: Callable[[str], float],
-    x_label: str,
-    mode: str,
-    schedule: str,
+    results: Results, suite: str, mode: str, schedule: str, cases: str, size: str, x_label: str
 ) -> Figure | None:
     """Ratio to the floor as lines over a size, with the spread of the samples."""
     points: dict[str, list[tuple[float, float, float, float]]] = {}
     labels = {}
-    for case, rows in found.items():
+    for case, rows in _good(results, suite, mode, schedule).items():
+        if not re.fullmatch(cases, case):
+            continue
         for name, result in rows.items():
             floor = results.floor_of(result)
             if name in (FLOOR, COPY) or floor is None:
                 continue
             labels[name] = result.label
             base, ms = floor.ms.median, result.ms
-            point = (x_of(case), ms.median / base, ms.p20 / base, ms.p80 / base)
+            point = (
+                float(_size(results, case, size)),
+                ms.median / base,
+                ms.p20 / base,
+                ms.p80 / base,
+            )
             points.setdefault(name, []).append(point)
     if not points or max(len(p) for p in points.values()) < 2:
         return None
@@ -224,35 +226,22 @@ def _apart(ticks: list[float]) -> list[float]:
 
 def by_rank(results: Results) -> Figure | None:
     """Cost by rank, 8192 tokens, 4096 -> 4096, no dropout."""
-    found = _good(results, "train", STEP, GRAPH)
-    pattern = re.compile(r"^train/(rank|table)/8192x4096x4096/r\d+/p0/bf16$")
-    found = {case: rows for case, rows in found.items() if pattern.match(case)}
+    cases = r"train/(rank|table)/8192x4096x4096/r\d+/p0/bf16"
     label = "rank (8192 tokens, 4096 to 4096)"
-    return _lines(results, found, lambda c: float(_size(results, c, "R")), label, STEP, GRAPH)
+    return _lines(results, "train", STEP, GRAPH, cases, "R", label)
 
 
 def by_tokens(results: Results) -> Figure | None:
     """Cost by tokens, eager: this is where host time shows."""
-    pattern = re.compile(r"^train/(tokens|table)/\d+x4096x4096/r16/p0/bf16$")
-    found = {
-        case: rows
-        for case, rows in _good(results, "train", STEP, EAGER).items()
-        if pattern.match(case)
-    }
-    label = "tokens (4096 to 4096, r = 16)"
-    return _lines(results, found, lambda c: float(_size(results, c, "M")), label, STEP, EAGER)
+    cases = r"train/(tokens|table)/\d+x4096x4096/r16/p0/bf16"
+    return _lines(results, "train", STEP, EAGER, cases, "M", "tokens (4096 to 4096, r = 16)")
 
 
 def by_adapters(results: Results) -> Figure | None:
     """Cost by the number of adapters in a batch of 64 rows, cold weights."""
-    pattern = re.compile(r"^serve/(adapters|cold)/64x4096x4096/\d+of\d+/r16/mixed/cold/bf16$")
-    found = {
-        case: rows
-        for case, rows in _good(results, "serve", FORWARD, GRAPH).items()
-        if pattern.match(case)
-    }
+    cases = r"serve/(adapters|cold)/64x4096x4096/\d+of\d+/r16/mixed/cold/bf16"
     label = "adapters in a batch of 64 rows, cold"
-    return _lines(results, found, lambda c: float(_size(results, c, "live")), label, FORWARD, GRAPH)
+    return _lines(results, "serve", FORWARD, GRAPH, cases, "live", label)
 
 
 def roofline(results: Results) -> Figure | None:
