@@ -27,9 +27,15 @@ if importlib.util.find_spec("fastlora") is None:  # a checkout that is not insta
 
 import fastlora
 from fastlora import reference
-from fastlora.bench.clock import CudaClock, calls_for, estimate_ms, time_eager, time_graphs
+from fastlora.bench.clock import (
+    CudaClock,
+    calls_for,
+    estimate_ms,
+    time_eager,
+    time_graphs,
+    timing_lines,
+)
 from fastlora.bench.problems import sets_past_l2
-from fastlora.bench.stats import spread
 from fastlora.bench.train_providers import eager_lora_linear
 
 CUDA = torch.cuda.is_available()
@@ -162,18 +168,8 @@ def main() -> None:
             graphs = time_graphs(clock, captured, args.repeats)
             del captured
         print(f"{title}, largest relative error {max(errors):.1e}")
-        floor = spread(samples["frozen"].wall_ms).median
-        for label, sample in samples.items():
-            wall, host = spread(sample.wall_ms), spread(sample.host_ms)
-            line = (
-                f"  {label:9} {wall.median:7.3f} ms [{wall.p20:.3f}, {wall.p80:.3f}]"
-                f"  x {wall.median / floor:.3f}  host {host.median:.3f} ms"
-            )
-            if graphs:
-                alone = spread(graphs[label].device_ms).median
-                least = spread(graphs["frozen"].device_ms).median
-                line += f"  graph {alone:.3f} ms  x {alone / least:.3f}"
-            print(line)
+        for line in timing_lines(samples, graphs, "frozen"):
+            print(f"  {line}")
         found.append(
             {
                 "group": group_name, "tokens": M, "in": K, "out": widths, "p": p, "rank": args.rank,

@@ -30,12 +30,11 @@ import fastlora
 from fastlora.bench.clock import (
     CaptureError,
     CudaClock,
-    Samples,
     estimate_ms,
     time_eager,
     time_graphs,
+    timing_lines,
 )
-from fastlora.bench.stats import spread
 from fastlora.cli.system import describe_machine, read_clocks, source_state
 
 CUDA = torch.cuda.is_available()
@@ -118,22 +117,6 @@ def switching(R: int = 16) -> Calls:
     }
 
 
-def show(name: str, samples: dict[str, Samples], graphs: dict[str, Samples]) -> None:
-    """A line for each call, with its ratios to ``plain``."""
-    floor = spread(samples["plain"].wall_ms).median
-    for label, sample in samples.items():
-        wall, host = spread(sample.wall_ms), spread(sample.host_ms)
-        line = (
-            f"{name:16} {label:10} {wall.median:8.3f} ms [{wall.p20:.3f}, {wall.p80:.3f}]"
-            f"  x {wall.median / floor:.2f}  host {host.median:.3f} ms"
-        )
-        if graphs:
-            alone = spread(graphs[label].device_ms).median
-            least = spread(graphs["plain"].device_ms).median
-            line += f"  graph {alone:.3f} ms  x {alone / least:.2f}"
-        print(line, flush=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", help="write every sample to this file")
@@ -172,7 +155,8 @@ def main() -> int:
             failed = f"{name}: {error}"
         eager[name] = {n: dataclasses.asdict(s) for n, s in samples.items()}
         alone[name] = {n: dataclasses.asdict(s) for n, s in graphs.items()}
-        show(name, samples, graphs)
+        for line in timing_lines(samples, graphs, "plain"):
+            print(f"{name:16} {line}", flush=True)
         if failed:  # what a process does after a failed capture is unsafe
             break
         del calls

@@ -25,6 +25,8 @@ from fastlora.bench.registry import FLOOR
 from fastlora.bench.results import load
 from fastlora.bench.workloads import STEP
 
+HATCHES = ("", "", "///", "...", "xx", "\\\\\\", "+")  # greys alone are too like each other
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -49,8 +51,9 @@ def main() -> None:
         ]
         places = [j + (i - len(labels) / 2 + 0.5) * width for j in range(len(found))]
         heights = [ratio or 0.0 for ratio in ratios]
-        grey = str(i / len(labels))
-        axis.bar(places, heights, width, label=label, color=grey, edgecolor="black")
+        grey = str(0.4 + 0.6 * i / len(labels)) if i else "black"
+        hatch = HATCHES[i % len(HATCHES)]
+        axis.bar(places, heights, width, label=label, color=grey, edgecolor="black", hatch=hatch)
     axis.axhline(1.0, color="black", linewidth=1)
     sizes = [results.cases[case]["sizes"] for case in found]
     tokens = {size["M"] for size in sizes}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -113,7 +114,7 @@ if not HAS_CUDA:
 class HelperFinder(importlib.abc.MetaPathFinder):
     """Makes `import peft_cases` work in tests: importlib mode leaves this folder off sys.path."""
 
-    NAMES = ("launch_ranks", "peft_cases")
+    NAMES = ("compile_cases", "launch_ranks", "peft_cases")
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
         if name not in self.NAMES:
@@ -173,6 +174,37 @@ def fresh_plans() -> None:
     functional = sys.modules.get("fastlora.functional")
     if functional is not None:
         functional._known_fused.clear()
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """No graph of another test, and counters of this one alone."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.fixture(params=["fused", "eager"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test once on the kernels and once on the eager twins."""
+    from fastlora import dispatch
+
+    with dispatch.force("eager") if request.param == "eager" else contextlib.nullcontext():
+        yield request.param
+
+
+@pytest.fixture(params=["tma", "pointer"])
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variant of the products: TMA where the tensors allow it, or pointers for all."""
+    pytest.importorskip("triton")
+    if request.param == "pointer":
+        for name in ("lora_forward", "lora_forward_sliced", "lora_grad_x"):
+            module = importlib.import_module(f"fastlora.kernels.{name}")
+            monkeypatch.setattr(module, "has_tma", lambda major: False)
+    elif HAS_CUDA and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the TMA variants run on sm_90")
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -129,6 +129,15 @@ def test_the_command_measures_resumes_and_reports(
     assert page.count("data:image/png;base64,") >= 2
     # Everything is in the page: nothing is fetched, neither by a tag nor by a style.
     assert not re.search(r"(src|href)=\"(?!data:|#)|@import|url\(", page)
+    words = re.sub(r"base64,[^\"]+", "", page)
+    assert not re.search(r"https?:|=[\"']?//|<(script|link|iframe|object|embed)", words)
+    images = re.findall(r"<img [^>]*>", words)
+    assert images
+    assert all(re.search(r" alt=\"[^\"]{10,}\"", image) for image in images)
+    # A wide table scrolls in a place of its own, and a column that says nothing is not there.
+    assert page.count("<table>") == page.count('<div class="scroll"')
+    assert ">host us</th>" in page
+    assert ">tokens/s</th>" not in page
     assert 'name="viewport"' in page
     for data in re.findall(r"base64,([^\"]+)", page):
         assert base64.b64decode(data).startswith(b"\x89PNG")

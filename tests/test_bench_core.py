@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ pytest.importorskip("rich", reason="the commands print through rich")
 
 from fastlora.bench import clock as clock_file
 from fastlora.bench.cases import TRAIN_TABLE, ServeCase, TrainCase, select, suites
-from fastlora.bench.clock import CaptureError, CudaClock, HostClock, calls_for, in_turns
+from fastlora.bench.clock import (
+    CaptureError,
+    CudaClock,
+    HostClock,
+    Samples,
+    calls_for,
+    in_turns,
+    timing_lines,
+)
 from fastlora.bench.compare import compare, describe_changes
 from fastlora.bench.registry import FLOOR
 from fastlora.bench.results import OOM, Result, Results, Store, case_record, load
@@ -210,6 +219,14 @@ def test_interleaved_samples_have_one_length() -> None:
     graphs = clock_file.time_graphs(HostClock(), captured, repeats=4)
     assert [len(s.device_ms) for s in graphs.values()] == [4, 4]
     assert not graphs["a"].host_ms
+
+
+def test_a_line_for_each_callable_has_its_ratios_to_the_floor() -> None:
+    samples = {"floor": Samples([1.0], [2.0], [0.5]), "lora": Samples([3.0], [5.0], [0.25])}
+    first, second = timing_lines(samples, {}, "floor")
+    assert re.fullmatch(r"floor +2\.000 ms .* x 1\.000  host 0\.500 ms", first)
+    assert re.fullmatch(r"lora +5\.000 ms .* x 2\.500  host 0\.250 ms", second)
+    assert timing_lines(samples, samples, "floor")[1].endswith("  graph 3.000 ms  x 3.000")
 
 
 def test_spread() -> None:

@@ -274,6 +274,16 @@ def captured(function):
     return graph, outputs
 
 
+def replays(graph, outputs, seed):
+    """What three replays from a seed give."""
+    torch.cuda.manual_seed(seed)
+    found = []
+    for _ in range(3):
+        graph.replay()
+        found.append([t.clone() for t in outputs])
+    return found
+
+
 @pytest.mark.parametrize("kind", OPS)
 def test_the_small_calls_draw_as_they_should(kind, device):
     call, leaves = operation(kind, device)
@@ -290,11 +300,7 @@ def test_replays_of_a_cuda_graph_are_eager_steps(kind):
     """Forward and backward in a graph: what eager gives from the same generator state, replay by replay."""
     call, leaves = operation(kind, "cuda")
     graph, outputs = captured(lambda: step(call, leaves))
-    torch.cuda.manual_seed(5)
-    replayed = []
-    for _ in range(3):
-        graph.replay()
-        replayed.append([t.clone() for t in outputs])
+    replayed = replays(graph, outputs, seed=5)
     torch.cuda.manual_seed(5)
     for got in replayed:
         for mine, expected in zip(got, step(call, leaves), strict=True):
@@ -336,11 +342,7 @@ def test_masks_can_be_read_off_the_results(device):
 def test_masks_of_replays_are_those_of_the_reference():
     x = torch.randn(40, 32, device="cuda").requires_grad_()
     graph, outputs = captured(lambda: masks_of(x))
-    torch.cuda.manual_seed(4)
-    replayed = []
-    for _ in range(3):
-        graph.replay()
-        replayed.append([t.clone() for t in outputs])
+    replayed = replays(graph, outputs, seed=4)
     torch.cuda.manual_seed(4)
     for got in replayed:
         for mine, expected in zip(got, expected_masks(x), strict=True):

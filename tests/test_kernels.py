@@ -55,18 +55,6 @@ def dtype(request):
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.fixture(params=VARIANTS)
-def variant(request, monkeypatch):
-    """A variant of the two GEMMs: pointers for all, or TMA where the tensors allow it."""
-    if request.param == "pointer":
-        for name in ("lora_forward", "lora_grad_x"):
-            module = importlib.import_module(f"fastlora.kernels.{name}")
-            monkeypatch.setattr(module, "has_tma", lambda major: False)
-    elif HAS_CUDA and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("the TMA variants run on sm_90")
-    return request.param
-
-
 def expected_kernel(variant, dtype, K, N):
     """Exact fp32 products have no TMA variant, nor have rows that are not a multiple of 16 bytes."""
     exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32

@@ -32,18 +32,6 @@ if HAS_CUDA:
     ]
 
 
-@pytest.fixture(params=["tma", "pointer"])
-def variant(request, monkeypatch):
-    pytest.importorskip("triton")
-    if request.param == "pointer":
-        for name in ("lora_forward_sliced", "lora_grad_x"):
-            module = importlib.import_module(f"fastlora.kernels.{name}")
-            monkeypatch.setattr(module, "has_tma", lambda major: False)
-    elif HAS_CUDA and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("the TMA variants run on sm_90")
-    return request.param
-
-
 def make(M, K, widths, enabled, R, dtype, device, adapter_dtype=None, bias=True):
     N, G = sum(widths), sum(enabled)
     rows = sum(w for w, on in zip(widths, enabled, strict=True) if on)

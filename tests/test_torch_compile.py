@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from compile_cases import (
+    check,
+    compiled,
+    graphs_of,
+    no_recompilation,
+    opcheck,
+    step,
+    targets,
+)
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -22,25 +27,7 @@ ops = pytest.importorskip("fastlora.ops", reason="needs Triton", exc_type=Import
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DOC = Path(__file__).resolve().parent.parent / "docs" / "torch_compile.md"
-no_recompilation = torch._dynamo.config.patch(error_on_recompile=True)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-
-
-@pytest.fixture(params=["fused", "eager"])
-def path(request):
-    with dispatch.force("eager") if request.param == "eager" else contextlib.nullcontext():
-        yield request.param
-
-
-def compiled(function, backend="aot_eager", **options):
-    """``function`` in one graph, and the counter of its compilations."""
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Block(nn.Module):
@@ -60,17 +47,6 @@ def injected(device, p=0.0):
     for layer in (model.q_proj, model.v_proj):
         nn.init.normal_(layer.lora_B, std=0.5)
     return model
-
-
-def step(call, model, x, seed=1):
-    """``y``, dx and the gradients of the adapters of one training step."""
-    x = x.detach().requires_grad_()
-    model.zero_grad()
-    torch.manual_seed(seed)
-    y = call(x)
-    y.square().sum().backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "x": x.grad, **grads}
 
 
 OP_CASES = [
@@ -97,13 +73,13 @@ def test_opcheck(oracle, device, M, K, N, R, dtype, adapter, p, tensor_scaling, 
         torch.ops.fastlora.lora_linear.default,
         torch.ops.fastlora.lora_linear_backward.default,
     )
-    assert set(torch.library.opcheck(forward, args).values()) == {"SUCCESS"}
+    opcheck(forward, args)
     with torch.no_grad():
         _, s, mask = forward(*args)
         saved = (x, weight, lora_A, lora_B, s, mask if p else None, scaling)
         needs = (n in wanted for n in ("x", "lora_A", "lora_B"))
         args = (case.dy, *(None if t is None else t.detach() for t in saved), 1.5, p, *needs)
-    assert set(torch.library.opcheck(backward, args).values()) == {"SUCCESS"}
+    opcheck(backward, args)
 
 
 def test_the_backward_op_gives_dense_gradients(oracle, device):
@@ -146,27 +122,21 @@ def test_model_compiles_once(device, path):
     call, counter = compiled(model)
     x = torch.randn(2, 6, 24, device=device)
 
-    def check(x, seed=1):
-        got, expected = step(call, model, x, seed), step(model, model, x, seed)
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4, msg=name)
-
-    check(x)
+    check(call, model, x)
     with no_recompilation:
         for value in (0.5, -3, 1.25):  # scalings
             model.q_proj.scaling = model.v_proj.scaling = value
-            check(x)
+            check(call, model, x)
         with torch.no_grad():  # adapters: in place, and other tensors
             model.q_proj.lora_A.mul_(2)
         model.v_proj.lora_B = nn.Parameter(torch.randn(24, 4, device=device))
-        check(x)
+        check(call, model, x)
         for seed in (2, 3):
-            check(x, seed)
-    check(torch.randn(2, 9, 24, device=device))
+            check(call, model, x, seed)
+    check(call, model, torch.randn(2, 9, 24, device=device))
     with no_recompilation:
         for tokens in (7, 11, 6):
-            check(torch.randn(2, tokens, 24, device=device))
+            check(call, model, torch.randn(2, tokens, 24, device=device))
     assert counter.frame_count == 2
     assert not counters["graph_break"]
 
@@ -177,10 +147,7 @@ def test_dynamic_from_the_start(device):
     step(call, model, torch.randn(2, 6, 24, device=device))
     with no_recompilation:
         for shape in ((3, 7, 24), (2, 5, 24)):
-            x = torch.randn(shape, device=device)
-            got, expected = step(call, model, x), step(model, model, x)
-            for name, value in expected.items():
-                torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4, msg=name)
+            check(call, model, torch.randn(shape, device=device))
 
 
 @pytest.mark.parametrize("kind", ["float", "tensor"])
@@ -246,23 +213,6 @@ def test_checkpoint_inside_a_graph_replays_the_mask(device, path):
     assert 0.5 < forward.float().mean() < 0.95, "two masks of 0.5"
 
 
-def graphs_of(function, *args):
-    """The forward and the backward graph that AOTAutograd makes of a call."""
-    found = []
-
-    def note(graph, _):
-        found.append(graph)
-        return make_boxed_func(graph)
-
-    backend = aot_autograd(
-        fw_compiler=note,
-        bw_compiler=note,
-        partition_fn=torch._functorch.partitioners.min_cut_rematerialization_partition,
-    )
-    torch.compile(function, backend=backend, fullgraph=True)(*args).sum().backward()
-    return found
-
-
 def test_the_graph_saves_what_eager_saves(oracle, device):
     M, K, N, R = 20, 40, 24, 4
     case = oracle.make_case(M, K, N, R, F16, device, adapter_dtype=F32, dropout_p=0.1)
@@ -272,9 +222,9 @@ def test_the_graph_saves_what_eager_saves(oracle, device):
         return fastlora.lora_linear(x, weight, lora_A, lora_B, bias=bias, dropout_p=0.1)
 
     forward, backward = graphs_of(call, *leaves)
-    targets = [str(node.target) for node in backward.graph.nodes]
-    assert targets.count("fastlora.lora_linear_backward.default") == 1
-    assert "fastlora.lora_linear.default" not in targets
+    called = targets(backward)
+    assert called.count("fastlora.lora_linear_backward.default") == 1
+    assert "fastlora.lora_linear.default" not in called
     values = [node.meta["val"] for node in forward.graph.output_node().args[0]]
     shapes = {(tuple(v.shape), v.dtype) for v in values[1:]}
     own = {(tuple(leaves[i].shape), leaves[i].dtype) for i in range(4)}
@@ -287,10 +237,7 @@ def test_the_eager_twin_recomputes_no_product(oracle, device):
     leaves = [case.tensors[n].requires_grad_(n != "weight") for n in oracle.LEAVES[:4]]
     with dispatch.force("eager"):
         forward, backward = graphs_of(fastlora.lora_linear, *leaves)
-    count = [
-        sum(str(node.target) == "aten.mm.default" for node in graph.graph.nodes)
-        for graph in (forward, backward)
-    ]
+    count = [targets(graph).count("aten.mm.default") for graph in (forward, backward)]
     assert count == [3, 5]  # x A^T, x W^T, s B^T; dy W, dy B, dA, dB and ds A
 
 
@@ -302,9 +249,7 @@ def test_autocast(device, path):
             return model(x)
 
     x = torch.randn(2, 6, 24, device=device)
-    got, expected = step(compiled(call)[0], model, x), step(call, model, x)
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=0.02, atol=0.02, msg=name)
+    check(compiled(call)[0], model, x, tolerance=0.02, function=call)
 
 
 def test_force_is_part_of_what_a_graph_was_made_for(oracle, device):
@@ -361,8 +306,7 @@ def test_torch_export(device, strict):
     program = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
     if strict:
-        targets = [str(node.target) for node in program.graph.nodes]
-        assert targets.count("fastlora.lora_linear.default") == 2
+        assert targets(program).count("fastlora.lora_linear.default") == 2
 
 
 def test_inductor_with_dropout(device, path):
@@ -389,11 +333,7 @@ def test_inductor_with_dropout(device, path):
 def test_inductor_trains_a_model(device):
     model = injected(device)
     call, counter = compiled(model, "inductor")
-    x = torch.randn(2, 6, 24, device=device)
-    got, expected = step(call, model, x), step(model, model, x)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    check(call, model, torch.randn(2, 6, 24, device=device))
     assert counter.frame_count == 1
     assert not counters["graph_break"]
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from compile_cases import (
+    check,
+    compiled,
+    graphs_of,
+    no_recompilation,
+    opcheck,
+    step,
+    targets,
+)
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import fastlora
-from fastlora import dispatch, embedding, merged_linear
+from fastlora import embedding, merged_linear
 
 ops_embedding = pytest.importorskip(
     "fastlora.ops_embedding", reason="needs Triton", exc_type=ImportError
@@ -23,24 +27,7 @@ ops_shrink = pytest.importorskip("fastlora.ops_shrink", reason="needs Triton", e
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 WIDTHS, ENABLED, BOUNDS = (16, 8, 24), (True, False, True), [0, 16, 24, 48]
-no_recompilation = torch._dynamo.config.patch(error_on_recompile=True)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-
-
-@pytest.fixture(params=["fused", "eager"])
-def path(request):
-    with dispatch.force("eager") if request.param == "eager" else contextlib.nullcontext():
-        yield request.param
-
-
-def compiled(function, backend="aot_eager", **options):
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Tables(nn.Module):
@@ -101,26 +88,6 @@ def draw(kind, *shape, device):
     if kind.inputs == "ids":
         return torch.randint(0, 20, shape, device=device)
     return torch.randn(*shape, 24, device=device)
-
-
-def step(call, model, x, seed=1):
-    """y, dx and the gradients of the parameters of one training step."""
-    x = x.detach().requires_grad_(x.is_floating_point())
-    model.zero_grad()
-    torch.manual_seed(seed)
-    y = call(x)
-    y.square().sum().backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert len(grads) >= 2
-    return {"y": y.detach(), **({} if x.grad is None else {"x": x.grad}), **grads}
-
-
-def check(call, model, x, seed=1, tolerance=1e-4):
-    got, expected = step(call, model, x, seed), step(model, model, x, seed)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert got[name].dtype == value.dtype
-        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def set_scaling(model, value):
@@ -262,43 +229,23 @@ def test_wrong_ids_are_an_error(device):
         call(torch.tensor([1, 10, 3]), *tensors)
 
 
-def graphs_of(function, *args):
-    """The ops of the forward and of the backward graph that AOTAutograd makes of a call."""
-    found = []
-
-    def note(graph, _):
-        found.append([str(node.target) for node in graph.graph.nodes])
-        return make_boxed_func(graph)
-
-    backend = aot_autograd(
-        fw_compiler=note,
-        bw_compiler=note,
-        partition_fn=torch._functorch.partitioners.min_cut_rematerialization_partition,
-    )
-    torch.compile(function, backend=backend, fullgraph=True)(*args).sum().backward()
-    return found
-
-
 @pytest.mark.parametrize(
     ("kind", "op"), [(Tables, "lora_embedding"), (Slices, "lora_merged_linear")]
 )
 def test_nothing_is_computed_twice(kind, op, device):
     model = kind().to(device)
-    forward, backward = graphs_of(model, draw(kind, 5, device=device))
+    forward, backward = map(targets, graphs_of(model, draw(kind, 5, device=device)))
     assert forward.count(f"fastlora.{op}.default") == 1
     assert backward.count(f"fastlora.{op}_backward.default") == 1
     assert f"fastlora.{op}.default" not in backward
 
 
 def test_dora_makes_its_norm_and_mask_with_the_kernel(device):
-    forward, backward = graphs_of(Dora(0.3).to(device), torch.randn(5, 24, device=device))
+    model, x = Dora(0.3).to(device), torch.randn(5, 24, device=device)
+    forward, backward = map(targets, graphs_of(model, x))
     assert forward.count("fastlora.lora_shrink.default") == 2
     assert forward.count("fastlora.lora_linear.default") == 1
     assert "fastlora.lora_shrink.default" not in backward
-
-
-def opcheck(op, args):
-    assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,14 @@ import contextlib
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
+from compile_cases import (
+    assert_alike,
+    compiled,
+    graphs_of,
+    no_recompilation,
+    opcheck,
+    targets,
+)
 from torch._dynamo.utils import counters
 
 import fastlora
@@ -19,25 +24,7 @@ ops_multi = pytest.importorskip("fastlora.ops_multi", reason="needs Triton", exc
 
 F32, F16 = torch.float32, torch.float16
 LEAVES = ("x", "weight", "bias", "lora_A", "lora_B")
-no_recompilation = torch._dynamo.config.patch(error_on_recompile=True)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-
-
-@pytest.fixture(params=["fused", "eager"])
-def path(request):
-    with dispatch.force("eager") if request.param == "eager" else contextlib.nullcontext():
-        yield request.param
-
-
-def compiled(function, **options):
-    """``function`` in one graph, and the counter of its compilations."""
-    counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def tensors(device, M=7, K=24, N=16, L=3, R=4, dtype=F32, adapter_dtype=None):
@@ -64,13 +51,7 @@ def run(call, values, *args, wanted=LEAVES, **options):
 
 def check(call, values, *args, tolerance=1e-4, function=layer, **options):
     got, expected = (run(f, values, *args, **options) for f in (call, function))
-    for name, value in expected.items():
-        assert (got[name] is None) == (value is None), name
-        if value is not None:
-            assert got[name].dtype == value.dtype
-            torch.testing.assert_close(
-                got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
+    assert_alike(got, expected, tolerance)
 
 
 def draw_ids(M, L, device):
@@ -99,7 +80,7 @@ def test_opcheck(device, M, K, N, L, R, dtype, adapter, p, ranks, wanted):
     tables = ops_multi.tables_of(fastlora.route(ids, L))
     args = (x, weight, bias, lora_A, lora_B, scaling, ranks, seed, p, need_b, tables)
     forward = torch.ops.fastlora.lora_linear_multi.default
-    assert set(torch.library.opcheck(forward, args).values()) == {"SUCCESS"}
+    opcheck(forward, args)
     with torch.no_grad():
         _, s, mask = forward(*args)
         saved = (x, weight, lora_A, lora_B, s if need_b else None, mask if p else None)
@@ -108,18 +89,18 @@ def test_opcheck(device, M, K, N, L, R, dtype, adapter, p, ranks, wanted):
         dy = torch.randn(M, N, device=device).to(dtype)
         args = (dy, *saved, scaling, ranks, p, *needs, tables)
     backward = torch.ops.fastlora.lora_linear_multi_backward.default
-    assert set(torch.library.opcheck(backward, args).values()) == {"SUCCESS"}
+    opcheck(backward, args)
 
 
 @pytest.mark.parametrize(("M", "L"), [(1, 1), (5, 9), (70, 3)])
 def test_opcheck_of_the_routing(device, M, L):
     ids = draw_ids(M, L, device)
     route = torch.ops.fastlora.route.default
-    assert set(torch.library.opcheck(route, (ids, L)).values()) == {"SUCCESS"}
+    opcheck(route, (ids, L))
     rows, _, sorted_ids = route(ids, L)
     args = (rows, sorted_ids, L)
     tables = torch.ops.fastlora.routing_tables.default
-    assert set(torch.library.opcheck(tables, args).values()) == {"SUCCESS"}
+    opcheck(tables, args)
     routing = fastlora.route(ids, L)
     for key, table in routing_ops.unflattened(tables(*args), L).items():
         assert torch.equal(table, routing._table(*key))
@@ -132,10 +113,10 @@ def test_opcheck_of_the_twin(device, ranks):
     ids, scaling = draw_ids(7, 3, device), torch.rand(3, device=device)
     args = (made["x"], made["lora_A"], made["lora_B"], ids, scaling, ranks)
     forward = torch.ops.fastlora.adapter_products.default
-    assert set(torch.library.opcheck(forward, args).values()) == {"SUCCESS"}
+    opcheck(forward, args)
     args = (torch.randn(7, 16, device=device), *(None if t is None else t.detach() for t in args))
     backward = torch.ops.fastlora.adapter_products_backward.default
-    assert set(torch.library.opcheck(backward, args).values()) == {"SUCCESS"}
+    opcheck(backward, args)
     # The gradients that are written down, against autograd's.
     dy, *leaves = args[:4]
     leaves = [t.requires_grad_() for t in leaves]
@@ -253,26 +234,15 @@ def routed_inside(x, weight, bias, lora_A, lora_B, ids):
 
 
 def tables_made(call, *args):
-    """How often the graph of a call makes tables, and whether that of its backward makes any."""
-    graphs = []
-
-    def note(graph, _):
-        graphs.append([str(node.target) for node in graph.graph.nodes])
-        return make_boxed_func(graph)
-
-    backend = aot_autograd(
-        fw_compiler=note,
-        bw_compiler=note,
-        partition_fn=torch._functorch.partitioners.min_cut_rematerialization_partition,
-    )
-    y = torch.compile(call, backend=backend, fullgraph=True)(*args)
-    if y.requires_grad:
-        y.sum().backward()
-        assert graphs[1].count("fastlora.lora_linear_multi_backward.default") == 2
-        assert "fastlora.routing_tables.default" not in graphs[1]
-        assert "fastlora.lora_linear_multi.default" not in graphs[1]
-    assert graphs[0].count("fastlora.lora_linear_multi.default") == 2
-    return graphs[0].count("fastlora.routing_tables.default")
+    """How often the graph of a call makes tables; that of its backward makes none."""
+    forward, *backward = map(targets, graphs_of(call, *args))
+    assert len(backward) == any(t.requires_grad for t in args if isinstance(t, torch.Tensor))
+    for called in backward:
+        assert called.count("fastlora.lora_linear_multi_backward.default") == 2
+        assert "fastlora.routing_tables.default" not in called
+        assert "fastlora.lora_linear_multi.default" not in called
+    assert forward.count("fastlora.lora_linear_multi.default") == 2
+    return forward.count("fastlora.routing_tables.default")
 
 
 def test_layers_share_the_tables(device):

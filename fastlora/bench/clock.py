@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from fastlora.bench.stats import spread
+
 Call = Callable[[int], object]
 """What is timed; its argument says which set of inputs to use."""
 
@@ -335,3 +337,32 @@ def time_graphs(clock: Clock, captured: Mapping[str, Captured], repeats: int) ->
         for name in in_turns(list(captured), repeats):
             samples[name].device_ms.append(clock.graph_sample(captured[name]))
     return samples
+
+
+def timing_lines(
+    samples: Mapping[str, Samples], graphs: Mapping[str, Samples], floor: str
+) -> list[str]:
+    """A line for each callable, with its ratios to the one that is called ``floor``.
+
+    Args:
+        samples (Mapping[str, Samples]): of `time_eager`.
+        graphs (Mapping[str, Samples]): of `time_graphs` on the same callables, or nothing.
+        floor (str): a name of both.
+
+    Returns:
+        list[str]: time on the wall and on the host, and of the GPU alone where there are graphs.
+    """
+    lines = []
+    least = spread(samples[floor].wall_ms).median
+    for name, sample in samples.items():
+        wall, host = spread(sample.wall_ms), spread(sample.host_ms)
+        line = (
+            f"{name:10} {wall.median:8.3f} ms [{wall.p20:.3f}, {wall.p80:.3f}]"
+            f"  x {wall.median / least:.3f}  host {host.median:.3f} ms"
+        )
+        if graphs:
+            alone = spread(graphs[name].device_ms).median
+            ratio = alone / spread(graphs[floor].device_ms).median
+            line += f"  graph {alone:.3f} ms  x {ratio:.3f}"
+        lines.append(line)
+    return lines

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import matplotlib
@@ -19,8 +20,9 @@ from fastlora.bench.results import OK, Result, Results
 from fastlora.bench.workloads import COPY, FORWARD, GENERATE, MODE_LABELS, STEP
 
 STYLE = {
-    "font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.85", "legend.frameon": False,
+    "legend.fontsize": 9, "legend.handlelength": 3,
 }  # fmt: skip
 
 # Marker and dashes differ as well as the grey, so that nothing depends on colour.
@@ -29,7 +31,7 @@ _LOOKS = (
     ("0.5", "P", "-."), ("1.0", "X", ":"), ("0.75", "p", "-"), ("0.75", "h", "--"),
 )  # fmt: skip
 
-WIDTH = 5.2  # inches: at a phone's width the text is still of a readable size
+WIDTH = 4.0  # inches: on a phone's screen the text is still of a readable size
 Figure = Any
 
 
@@ -97,7 +99,12 @@ def _dots(
     if not values or not labels:
         return None
     names = _ordered(labels)
-    height = 1.2 + 0.2 * len(names) + 0.5 * len(values)
+    titles = [_wrap(str(results.cases.get(case, {}).get("title", case)), 54) for case in values]
+    rows = list(zip(titles, values.values(), strict=True))
+    # y is in inches: a row's title, the line with its marks, the number.
+    ends = list(accumulate(0.55 + 0.15 * title.count("\n") for title in titles))
+    lines = [end - 0.3 for end in ends]
+    height = 0.9 + 0.2 * len(names) + ends[-1]
     figure, axis = plt.subplots(figsize=(WIDTH, height), constrained_layout=True)
     largest = max(value for row in values.values() for value in row.values())
     smallest = min(value for row in values.values() for value in row.values())
@@ -111,72 +118,74 @@ def _dots(
         axis.set_xlim(min(floor or 0.0, smallest) - 0.08 * reach, largest + 0.08 * reach)
     for i, name in reversed(list(enumerate(names))):
         grey, marker, _ = _LOOKS[i % len(_LOOKS)]
-        places = [(row[name], j) for j, row in enumerate(values.values()) if name in row]
+        places = [(row[name], y) for (_, row), y in zip(rows, lines, strict=True) if name in row]
         if places:
             x, y = zip(*places, strict=True)
+            # Each lies on those after it, and is smaller: what is below is seen around it.
             axis.plot(
-                x, y, marker, color="black", markerfacecolor=grey, markersize=8 if i else 9,
+                x, y, marker, color="black", markerfacecolor=grey, markersize=8 + 0.5 * i if i else 6,
                 linestyle="none", label=labels[name], zorder=3 + len(names) - i,
             )  # fmt: skip
-    for j, row in enumerate(values.values()):
-        axis.plot((min(row.values()), max(row.values())), (j, j), color="0.75", zorder=1)
+    above_lines = {
+        "textcoords": "offset points", "fontsize": 9, "zorder": 2,
+        "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+    }  # fmt: skip
+    left = axis.get_xlim()[0]
+    for (title, row), place in zip(rows, lines, strict=True):
+        axis.plot((min(row.values()), max(row.values())), (place, place), color="0.75", zorder=1)
+        axis.annotate(title, (left, place), (0, 7), ha="left", va="bottom", **above_lines)
         if names[0] in row:
             value = row[names[0]]
             words = f"{value:.2f}" if value < 100 else f"{value:.0f}"
-            axis.annotate(
-                words, (value, j), (0, 8), textcoords="offset points", ha="center", fontsize=9
-            )
+            axis.annotate(words, (value, place), (0, -6), ha="center", va="top", **above_lines)
     if floor is not None:
-        axis.axvline(floor, color="black", linewidth=1.2)
-    axis.set_yticks(range(len(values)), [_short_title(results, case) for case in values])
-    axis.tick_params(axis="y", labelsize=8.5, length=0)
-    axis.set_ylim(len(values) - 0.4, -0.8)
+        axis.axvline(floor, color="black", linewidth=1.2, zorder=1)
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.set_ylim(ends[-1], -0.1)
     axis.grid(axis="x")
-    axis.grid(visible=False, axis="y")
-    figure.supxlabel(label, fontsize=10.5)
+    axis.set_xlabel(label)
     handles, words = axis.get_legend_handles_labels()
-    figure.legend(handles[::-1], words[::-1], loc="outside upper left", fontsize=9)
+    figure.legend(handles[::-1], words[::-1], loc="outside upper left")
     return figure
 
 
-def _short_title(results: Results, case: str) -> str:
-    title = str(results.cases.get(case, {}).get("title", case))
-    return "\n".join(_wrap(title, 27))
-
-
-def _wrap(text: str, width: int) -> list[str]:
+def _wrap(text: str, width: int) -> str:
+    """Lines that end at a comma."""
     lines = [""]
     for word in text.split(", "):
         if lines[-1] and len(lines[-1]) + len(word) + 2 > width:
             lines[-1] += ","
             lines.append("")
         lines[-1] += (", " if lines[-1] else "") + word
-    return lines
+    return "\n".join(lines)
 
 
 def _lines(
-    results: Results,
-    found: dict[str, dict[str, Result]],
-    x_of: Callable[[str], float],
-    x_label: str,
-    mode: str,
-    schedule: str,
+    results: Results, suite: str, mode: str, schedule: str, cases: str, size: str, x_label: str
 ) -> Figure | None:
     """Ratio to the floor as lines over a size, with the spread of the samples."""
     points: dict[str, list[tuple[float, float, float, float]]] = {}
     labels = {}
-    for case, rows in found.items():
+    for case, rows in _good(results, suite, mode, schedule).items():
+        if not re.fullmatch(cases, case):
+            continue
         for name, result in rows.items():
             floor = results.floor_of(result)
             if name in (FLOOR, COPY) or floor is None:
                 continue
             labels[name] = result.label
             base, ms = floor.ms.median, result.ms
-            point = (x_of(case), ms.median / base, ms.p20 / base, ms.p80 / base)
+            point = (
+                float(_size(results, case, size)),
+                ms.median / base,
+                ms.p20 / base,
+                ms.p80 / base,
+            )
             points.setdefault(name, []).append(point)
     if not points or max(len(p) for p in points.values()) < 2:
         return None
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.4 + 0.2 * len(points)), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(WIDTH, 2.9 + 0.2 * len(points)), constrained_layout=True)
     for i, name in enumerate(_ordered(labels)):
         x, middle, low, high = zip(*sorted(points[name]), strict=True)
         _, marker, dashes = _LOOKS[i % len(_LOOKS)]
@@ -199,8 +208,9 @@ def _lines(
         axis.set_ylim(bottom=0)
     axis.set_xlabel(x_label)
     how = "in a CUDA graph" if schedule == GRAPH else "eager"
-    axis.set_ylabel(f"time over the frozen layer alone\n({MODE_LABELS[mode]}, {how})")
-    figure.legend(loc="outside upper left", fontsize=9)
+    words = f"time over the frozen layer alone\n({MODE_LABELS[mode]}, {how})"
+    axis.set_title(words, loc="left", fontsize="medium")
+    figure.legend(loc="outside upper left")
     return figure
 
 
@@ -216,35 +226,22 @@ def _apart(ticks: list[float]) -> list[float]:
 
 def by_rank(results: Results) -> Figure | None:
     """Cost by rank, 8192 tokens, 4096 -> 4096, no dropout."""
-    found = _good(results, "train", STEP, GRAPH)
-    pattern = re.compile(r"^train/(rank|table)/8192x4096x4096/r\d+/p0/bf16$")
-    found = {case: rows for case, rows in found.items() if pattern.match(case)}
+    cases = r"train/(rank|table)/8192x4096x4096/r\d+/p0/bf16"
     label = "rank (8192 tokens, 4096 to 4096)"
-    return _lines(results, found, lambda c: float(_size(results, c, "R")), label, STEP, GRAPH)
+    return _lines(results, "train", STEP, GRAPH, cases, "R", label)
 
 
 def by_tokens(results: Results) -> Figure | None:
     """Cost by tokens, eager: this is where host time shows."""
-    pattern = re.compile(r"^train/(tokens|table)/\d+x4096x4096/r16/p0/bf16$")
-    found = {
-        case: rows
-        for case, rows in _good(results, "train", STEP, EAGER).items()
-        if pattern.match(case)
-    }
-    label = "tokens (4096 to 4096, r = 16)"
-    return _lines(results, found, lambda c: float(_size(results, c, "M")), label, STEP, EAGER)
+    cases = r"train/(tokens|table)/\d+x4096x4096/r16/p0/bf16"
+    return _lines(results, "train", STEP, EAGER, cases, "M", "tokens (4096 to 4096, r = 16)")
 
 
 def by_adapters(results: Results) -> Figure | None:
     """Cost by the number of adapters in a batch of 64 rows, cold weights."""
-    pattern = re.compile(r"^serve/(adapters|cold)/64x4096x4096/\d+of\d+/r16/mixed/cold/bf16$")
-    found = {
-        case: rows
-        for case, rows in _good(results, "serve", FORWARD, GRAPH).items()
-        if pattern.match(case)
-    }
+    cases = r"serve/(adapters|cold)/64x4096x4096/\d+of\d+/r16/mixed/cold/bf16"
     label = "adapters in a batch of 64 rows, cold"
-    return _lines(results, found, lambda c: float(_size(results, c, "live")), label, FORWARD, GRAPH)
+    return _lines(results, "serve", FORWARD, GRAPH, cases, "live", label)
 
 
 def roofline(results: Results) -> Figure | None:
@@ -267,7 +264,7 @@ def roofline(results: Results) -> Figure | None:
                     points.setdefault(name, []).append((flops / moved, rate))
     if "fastlora" not in points:
         return None
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.4 + 0.2 * len(points)), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(WIDTH, 2.9 + 0.2 * len(points)), constrained_layout=True)
     low = min(x for line in points.values() for x, _ in line) / 2
     high = max(x for line in points.values() for x, _ in line) * 2
     ridge = peak / bandwidth
@@ -285,10 +282,14 @@ def roofline(results: Results) -> Figure | None:
             axis.plot(x, y, marker, color="0.1", markerfacecolor=face, label=label, alpha=0.9)
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axis.minorticks_off()
     axis.grid(axis="both")
     axis.set_xlabel("floating-point operations per byte that must move")
-    axis.set_ylabel("TFLOP/s, in a CUDA graph")
-    figure.legend(loc="outside upper left", fontsize=9)
+    axis.set_title("TFLOP/s, in a CUDA graph", loc="left", fontsize="medium")
+    figure.legend(loc="outside upper left")
     return figure
 
 

@@ -22,22 +22,28 @@ _STYLE = """
 body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: #111;
   background: #fff; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-figure { margin: 1.2rem 0; } figure img { display: block; width: 100%; max-width: 36rem; height: auto; }
+.plots { display: grid; gap: 1.6rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)); }
+figure { margin: 0; max-width: 36rem; } figure img { display: block; width: 100%; height: auto; }
 figcaption { margin-bottom: .4rem; font-weight: 600; }
-.scroll { overflow-x: auto; border: 1px solid #ccc; }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; width: 100%; }
+details { margin: .8rem 0; } summary { cursor: pointer; }
+.scroll { overflow: auto; max-height: 85vh; border: 1px solid #767676; }
+table { border-collapse: separate; border-spacing: 0; font-size: .82rem; font-variant-numeric: tabular-nums;
+  width: 100%; }
 th, td { padding: .2rem .4rem; text-align: right; white-space: nowrap; border-top: 1px solid #e4e4e4; }
-th { border-top: 0; background: #eee; } th:first-child, td:first-child { text-align: left; }
-tr.case td { background: #f6f6f6; font-weight: 600; text-align: left; white-space: normal; }
-td:first-child { white-space: normal; min-width: 11rem; max-width: 16rem; position: sticky; left: 0;
-  background: #fff; }
+th { position: sticky; top: 0; z-index: 2; border-top: 0; background: #eee; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; }
+td:first-child { white-space: normal; min-width: 10.5rem; max-width: 16rem; background: #fff; z-index: 1; }
+th:first-child { z-index: 3; }
+tr.case td { background: #f6f6f6; font-weight: 600; max-width: none; }
+tr.case span { position: sticky; left: .4rem; display: inline-block; max-width: calc(100vw - 3rem); }
 tr.ours td { font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; font-size: .9rem; }
-dt { color: #555; } dd { margin: 0; } code { font-size: .85em; }
-p, ul, dl { max-width: 46rem; }
-nav a { margin-right: .9rem; white-space: nowrap; display: inline-block; }
-summary { cursor: pointer; }
+dl { display: grid; grid-template-columns: fit-content(40%) 1fr; gap: .1rem .8rem; font-size: .9rem; }
+dt { color: #555; } dd { margin: 0; }
+p, ul, dl { max-width: 46rem; } ul { padding-left: 1.2rem; }
+nav a { margin-right: .9rem; line-height: 1.9; white-space: nowrap; display: inline-block; }
 a { color: #0a3d91; } .lead { font-size: 1.05rem; }
+@media print { .scroll { max-height: none; } }
 """
 
 _HOW = """
@@ -92,7 +98,8 @@ def make_page(results: Results, plots: dict[str, tuple[str, bytes]]) -> str:
     machine = results.runs[-1]["machine"] if results.runs else {}
     gpu = machine.get("GPU", "an unknown GPU")
     present = [suite for suite in SUITES if any(r.suite == suite for r in results.results.values())]
-    links = [("plots", "Plots"), *((suite, SUITES[suite]) for suite in present)]
+    links = [("plots", "Plots")] if plots else []
+    links += [(suite, SUITES[suite]) for suite in present]
     links += [("failed", "What was not measured"), ("run", "Machine and command"), ("how", "How")]
     parts = [
         "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
@@ -100,8 +107,10 @@ def make_page(results: Results, plots: dict[str, tuple[str, bytes]]) -> str:
         f"<title>fastlora on {_text(gpu)}</title>", f"<style>{_STYLE}</style>", "</head>", "<body>",
         f"<h1>What LoRA costs on {_text(gpu)}</h1>", _summary(results),
         "<nav>" + "".join(f'<a href="#{to}">{_text(words)}</a>' for to, words in links) + "</nav>",
-        '<h2 id="plots">Plots</h2>', *(_figure(name, *plots[name]) for name in plots),
     ]  # fmt: skip
+    if plots:
+        figures = (_figure(name, *plots[name]) for name in plots)
+        parts += ['<h2 id="plots">Plots</h2>', '<div class="plots">', *figures, "</div>"]
     for suite in present:
         parts += [f'<h2 id="{suite}">{_text(SUITES[suite])}</h2>', _tables(results, suite)]
     parts += [_failures(results), _run(results), _how(results), "</body>", "</html>"]
@@ -125,10 +134,15 @@ def _summary(results: Results) -> str:
     """Medians over the cases of each suite's table, in one sentence each."""
     lines = []
     for suite, mode, schedule, words in (
-        ("train", "step", EAGER, "A training step of one linear"),
-        ("serve", "forward", GRAPH, "A batch of mixed adapters, in a CUDA graph,"),
-        ("model", "step", EAGER, "A training step of a Llama"),
-        ("model", "generate", EAGER, "Generation with mixed adapters"),
+        ("train", "step", EAGER, "A training step of one linear over the frozen layer"),
+        (
+            "serve",
+            "forward",
+            GRAPH,
+            "A batch of mixed adapters, in a CUDA graph, over the frozen layer",
+        ),
+        ("model", "step", EAGER, "A training step of a Llama over the frozen model"),
+        ("model", "generate", EAGER, "Generation with mixed adapters over the frozen model"),
     ):
         ratios: dict[str, list[float]] = {}
         labels: dict[str, str] = {}
@@ -148,8 +162,8 @@ def _summary(results: Results) -> str:
             ]
             count = max(len(found) for found in ratios.values())
             lines.append(
-                f"<li>{_text(words)} over the frozen layer or model alone (median of "
-                f"{count} {'case' if count == 1 else 'cases'}): {_text(', '.join(shown))}.</li>"
+                f"<li>{_text(words)} alone (median of {count} {'case' if count == 1 else 'cases'}): "
+                f"{_text('; '.join(shown))}.</li>"
             )
     lines += [f"<li>{_text(line)}</li>" for line in worst_cases(results)]
     return f'<ul class="lead">{"".join(lines)}</ul>' if lines else ""
@@ -164,35 +178,43 @@ def _tables(results: Results, suite: str) -> str:
     parts: list[str] = []
     for (mode, schedule), entries in groups.items():
         how = "in a CUDA graph" if schedule == GRAPH else "eager"
+        name = _text(f"{MODE_LABELS[mode]}, {how}")
+        good = [(case, [r for r in rows if r.status == OK]) for case, rows in entries]
+        cells = {row.key: _cells(results, row) for _, rows in good for row in rows}
+        every = next(iter(cells.values()))
+        columns = [c for c in every if any(words[c] for words in cells.values())]
         state = "" if parts else " open"
-        parts.append(f"<details{state}><summary>{_text(MODE_LABELS[mode])}, {how}</summary>")
-        parts.append('<div class="scroll" tabindex="0"><table><thead><tr>')
-        columns = ["", "x floor", "ms", "p20 to p80", "TFLOP/s", "GB/s", "x bytes' time"]
-        if schedule == EAGER:
-            columns += ["host us", "peak MiB", "saved MiB"]
-        columns += ["tokens/s"] if suite == "model" else []
-        columns += ["error"]
-        parts += [f"<th>{_text(c)}</th>" for c in columns]
+        parts.append(f"<details{state}><summary>{name}</summary>")
+        parts.append(f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">')
+        parts.append("<table><thead><tr>")
+        parts += [f'<th scope="col">{_text(c)}</th>' for c in columns]
         parts.append("</tr></thead><tbody>")
-        for case, rows in entries:
-            facts = results.cases.get(case, {}).get("facts") or {}
-            title = results.cases.get(case, {}).get("title", case)
-            extra = "".join(f", {value} {name}" for name, value in facts.items())
-            row_title = _text(title + (f" ({extra[2:]})" if extra else ""))
-            parts.append(f'<tr class="case"><td colspan="{len(columns)}">{row_title}</td></tr>')
-            parts += [_row(results, row, columns) for row in rows if row.status == OK]
+        for case, rows in good:
+            title = f"<span>{_text(_case_title(results, case))}</span>"
+            parts.append(f'<tr class="case"><td colspan="{len(columns)}">{title}</td></tr>')
+            for row in rows:
+                ours = ' class="ours"' if "fastlora" in row.provider else ""
+                found = "".join(f"<td>{_text(cells[row.key][c])}</td>" for c in columns)
+                parts.append(f"<tr{ours}>{found}</tr>")
         parts.append("</tbody></table></div></details>")
     return "\n".join(parts)
 
 
-def _row(results: Results, row: Result, columns: list[str]) -> str:
+def _case_title(results: Results, case: str) -> str:
+    record = results.cases.get(case, {})
+    facts = ", ".join(f"{value} {name}" for name, value in (record.get("facts") or {}).items())
+    return str(record.get("title", case)) + (f" ({facts})" if facts else "")
+
+
+def _cells(results: Results, row: Result) -> dict[str, str]:
+    """Column to text, empty where it says nothing."""
     ms, ratio = row.ms, results.ratio(row)
     record = results.cases.get(row.case, {})
     flops, moved = (record.get("work") or {}).get(row.mode, (0, 0))
     is_copy = row.provider == COPY
     bandwidth = results.ceilings.get("copy_gb_per_s")
-    cells = {
-        "": row.label,
+    return {
+        "provider": row.label,
         "x floor": f"{ratio:.3f}" if ratio and not is_copy else "",
         "ms": f"{ms.median:.4g}",
         "p20 to p80": f"{ms.p20:.4g} to {ms.p80:.4g}",
@@ -204,11 +226,11 @@ def _row(results: Results, row: Result, columns: list[str]) -> str:
         "saved MiB": f"{row.saved_bytes / 2**20:.0f}"
         if row.saved_bytes is not None and row.mode == STEP
         else "",
-        "tokens/s": f"{record.get('tokens', 0) / ms.median * 1e3:.0f}" if record else "",
+        "tokens/s": f"{record.get('tokens', 0) / ms.median * 1e3:.0f}"
+        if row.suite == "model"
+        else "",
         "error": f"{max(row.errors.values()):.1e}" if row.errors else "",
     }
-    ours = ' class="ours"' if "fastlora" in row.provider else ""
-    return f"<tr{ours}>" + "".join(f"<td>{_text(cells[c])}</td>" for c in columns) + "</tr>"
 
 
 def _over_bytes(results: Results, row: Result, moved: int, bandwidth: float | None) -> str:
@@ -254,7 +276,7 @@ def _run(results: Results) -> str:
     if len(seen) > 1:
         earlier = "".join(f"<dl>{entry}</dl>" for entry in seen[:-1])
         parts.append(
-            f"<details><summary>{len(seen) - 1} earlier starts</summary>{earlier}</details>"
+            f"<details><summary>Earlier starts: {len(seen) - 1}</summary>{earlier}</details>"
         )
     return "\n".join(parts)
 
