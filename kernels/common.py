@@ -102,32 +102,24 @@ def adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R):
 @triton.jit
 def add_rank_product(
     acc, s_ptr, b_ptr, offs_m, rows, offs_n, N, R, end_r, stride_sm, stride_bn, stride_br,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``acc + s B^T`` for one output tile and the ``rows`` ``[BLOCK_M, 1]`` of it that take part.
 
-    s ``[M, R]`` has dense rows. Ranks go to ``end_r``: past R, or, if PARTIAL, short of it. Then B is loaded
-    to a multiple of 8, for a mask that changes inside of 16 bytes has each element loaded alone, and what is
-    past ``end_r``, of an adapter that was there before, is dropped. s stays as loaded: changed in registers
-    it would be the left operand of a wgmma there (triton#9433).
+    s ``[M, R]`` has dense rows. Ranks go to ``end_r``, R or past it.
     """
     for r in tl.range(0, end_r, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
-        held = offs_r < R
         s = tl.load(
             s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
-            mask=rows & (offs_r < (end_r if PARTIAL else R))[None, :],
+            mask=rows & (offs_r[None, :] < R),
             other=0.0,
         )  # [BLOCK_M, BLOCK_R]
-        if PARTIAL:
-            held &= (offs_r // 8) * 8 < end_r
         b = tl.load(
             b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None].to(tl.int64) * stride_br,
-            mask=(offs_n[None, :] < N) & held[:, None],
+            mask=(offs_n[None, :] < N) & (offs_r[:, None] < R),
             other=0.0,
         )  # [BLOCK_R, BLOCK_N]
-        if PARTIAL:
-            b = tl.where(offs_r[:, None] < end_r, b, 0.0)
         acc = dot(s.to(DTYPE), b.to(DTYPE), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
     return acc
 

@@ -54,9 +54,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def rank_block(R: int) -> int:
     """The power of two, 16 at least as `tl.dot` needs, that holds a rank."""
-    return max(16, 1 << (R - 1).bit_length())
+    return max(16, next_power_of_2(R))
 
 
 def rank_step(R: int, itemsize: int) -> int:

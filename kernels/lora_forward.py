@@ -95,7 +95,7 @@ def _lora_forward_pointer_kernel(
     )  # fmt: skip
     acc = add_rank_product(
         acc, s_ptr, b_ptr, offs_m, offs_m[:, None] < M, offs_n, N, R, R_STEPS * BLOCK_R,
-        stride_sm, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, False, BLOCK_R,
+        stride_sm, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, offs_n, N)

@@ -106,7 +106,7 @@ def _lora_forward_sliced_pointer_kernel(
                 acc, s_ptr + tl.cast(g, tl.int64) * stride_sg, b_ptr,
                 offs_m, offs_m[:, None] < M, rows, b_rows, R, R_STEPS * BLOCK_R,
                 stride_sm, stride_bn, stride_br,
-                y_ptr.dtype.element_ty, PRECISION, False, BLOCK_R,
+                y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
             )  # fmt: skip
         b_row += last - first
     if HAS_BIAS:

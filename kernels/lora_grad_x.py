@@ -46,7 +46,7 @@ def _rank_product(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), ds_ptr, a_ptr,
         offs_m, offs_m[:, None] < M, start_k.to(tl.int64) + tl.arange(0, BLOCK_N),
         K, R, R_STEPS * BLOCK_R, stride_dsm, stride_ak, stride_ar,
-        DTYPE, PRECISION, False, BLOCK_R,
+        DTYPE, PRECISION, BLOCK_R,
     )  # fmt: skip
     if HAS_DROPOUT:
         acc = tl.where(load_keep(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_N), acc, 0.0)

@@ -107,8 +107,8 @@ def _lora_multi_decode_kernel(
 @triton.jit
 def _lora_multi_sum_kernel(
     parts_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, ids_ptr, ranks_ptr,
-    M, N, R, parts, stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, S_PARTS: tl.constexpr, PDL: tl.constexpr,
+    M, N, R, stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
+    HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, S_PARTS: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``y[m] = sum of parts + bias + s[m] B[ids[m]]^T``, in order. Grid: ``(rows, blocks of columns)``."""
@@ -120,7 +120,7 @@ def _lora_multi_sum_kernel(
     b = _gather(b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, BLOCK_R)
     wait_for_previous_kernel(PDL)
     acc = tl.zeros((1, BLOCK_N), dtype=tl.float32)
-    for part in range(0, parts):
+    for part in tl.static_range(0, PARTS):
         acc += tl.load(parts_ptr + tl.cast(part, tl.int64) * M * N + tile, mask=inside, other=0.0)
     acc += _update(b, s_ptr, ranks, offs_m, 0, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     for r in range(BLOCK_R, tl.max(ranks, axis=0), BLOCK_R):
@@ -167,8 +167,8 @@ def _plan(
     block_n = multi_decode_sum_columns(N)
     total = Launch(
         _lora_multi_sum_kernel, (M, cdiv(N, block_n)), device,
-        M, N, R, parts, *adapters,
-        HAS_BIAS=has_bias, BLOCK_N=block_n, BLOCK_R=multi_decode_ranks(R, block_n, 4, held),
+        M, N, R, *adapters,
+        HAS_BIAS=has_bias, PARTS=parts, BLOCK_N=block_n, BLOCK_R=multi_decode_ranks(R, block_n, 4, held),
         num_warps=4, **common,
     )  # fmt: skip
     return parts, product, total

@@ -17,7 +17,6 @@ from .common import (
     adapters_of_rows,
     add_bias,
     add_frozen_product,
-    add_rank_product,
     aligned,
     device_properties,
     dot,
@@ -38,6 +37,7 @@ from .config import (
     gemm_pointer_config,
     multi_decode_config,
     multi_gemm_tma_config,
+    next_power_of_2,
     rank_step,
 )
 from .dropout import load_keep
@@ -48,23 +48,42 @@ from .launch import Launch, cached_plan
 def _add_slot_products(
     acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
     stride_sm, stride_bl, stride_bn, stride_br,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``acc[m] + s[m] B[ids[m]]^T`` for one output tile, over the ``width`` slots that it may hold."""
+    """``acc[m] + s[m] B[ids[m]]^T`` for one output tile, over the ``width`` slots that it may hold.
+
+    Ranks go to the highest in the tile. s and B are loaded to a multiple of 8 ranks, for a mask that changes
+    inside of 16 bytes has each element loaded alone: there s is 0, and what is in B, of an adapter that was
+    there before, is dropped.
+    """
     ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)  # [BLOCK_M]
     slots = slots_ptr + tile_m.to(tl.int64) * width
-    j = 0
-    slot = tl.load(slots)
-    while slot >= 0:
-        j += 1
-        following = tl.load(slots + j, mask=j < width, other=-1)  # on its way during the product
-        rank = rank_of(ranks_ptr, slot, R)
-        acc = add_rank_product(
-            acc, s_ptr, b_ptr + slot.to(tl.int64) * stride_bl,
-            offs_m, (ids == slot)[:, None], offs_n, N, R, rank,
-            stride_sm, stride_bn, stride_br, DTYPE, PRECISION, ranks_ptr is not None, BLOCK_R,
-        )  # fmt: skip
-        slot = following
+    offs_w = tl.arange(0, WIDTH)
+    held = tl.load(slots + offs_w, mask=offs_w < width, other=-1)  # [WIDTH], -1 behind the last
+    count = tl.sum((held >= 0).to(tl.int32), axis=0)
+    ranks = tl.where(held >= 0, rank_of(ranks_ptr, tl.maximum(held, 0), R), 0)
+    for r in tl.range(0, tl.max(ranks, axis=0), BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        for j in tl.range(0, count, num_stages=3 if PRECISION == "tf32" else 1):
+            slot = tl.load(slots + j)
+            rank = rank_of(ranks_ptr, slot, R)
+            near = offs_r < R
+            if ranks_ptr is not None:
+                near &= (offs_r // 8) * 8 < rank
+            s = tl.load(
+                s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
+                mask=(ids == slot)[:, None] & near[None, :],
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_R]
+            b = tl.load(
+                b_ptr + slot.to(tl.int64) * stride_bl
+                + offs_n[None, :] * stride_bn + offs_r[:, None].to(tl.int64) * stride_br,
+                mask=(offs_n[None, :] < N) & near[:, None],
+                other=0.0,
+            )  # [BLOCK_R, BLOCK_N]  # fmt: skip
+            if ranks_ptr is not None:
+                b = tl.where(offs_r[:, None] < rank, b, 0.0)
+            acc = dot(s.to(DTYPE), b.to(DTYPE), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
     return acc
 
 
@@ -75,7 +94,7 @@ def _lora_multi_gemm_tma_kernel(
     W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``y = keep * (s B[id]^T) + bias + x W^T`` by TMA. Grid: persistent, one program an SM.
 
@@ -96,7 +115,7 @@ def _lora_multi_gemm_tma_kernel(
         if HAS_DROPOUT:
             acc = _add_slot_products(
                 acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, BLOCK_R,
+                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, WIDTH, BLOCK_R,
             )  # fmt: skip
             _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
             drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
@@ -113,7 +132,7 @@ def _lora_multi_gemm_tma_kernel(
             wait_for_previous_kernel(PDL)
             acc = _add_slot_products(
                 acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, BLOCK_R,
+                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, WIDTH, BLOCK_R,
             )  # fmt: skip
         if HAS_BIAS:
             acc = add_bias(acc, bias_ptr, offs_n, N)
@@ -128,7 +147,7 @@ def _lora_multi_gemm_pointer_kernel(
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``y = keep * (s B[id]^T) + bias + x W^T`` for any strides. Grid: one program a tile of y.
 
@@ -143,7 +162,7 @@ def _lora_multi_gemm_pointer_kernel(
     if HAS_DROPOUT:
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-            stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
+            stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, WIDTH, BLOCK_R,
         )  # fmt: skip
         _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
         drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
@@ -156,7 +175,7 @@ def _lora_multi_gemm_pointer_kernel(
     if not HAS_DROPOUT:
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-            stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
+            stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, WIDTH, BLOCK_R,
         )  # fmt: skip
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, offs_n, N)
@@ -241,7 +260,7 @@ def _plan(
     options: dict[str, Any] = {
         "HAS_BIAS": has_bias, "HAS_DROPOUT": has_dropout, "PRECISION": precision,
         "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
-        "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M, "BLOCK_R": block_r,
+        "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M, "BLOCK_R": block_r, "WIDTH": next_power_of_2(width),
         "num_warps": c.num_warps, "num_stages": c.num_stages,
     }  # fmt: skip
     b_strides = strides(b_shape, b_stride)

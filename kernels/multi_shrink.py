@@ -81,11 +81,12 @@ def _lora_multi_shrink_kernel(
                     x = tl.where(unpack_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
                 acc = dot(x, a.to(x.dtype), acc, PRECISION)  # [BLOCK_M, BLOCK_R]
             acc *= tl.load(scaling_ptr + slot) * factor
+            near = tl.minimum((rank + 7) // 8 * 8, R)  # the product reads ranks by eights
             part = s_ptr + tl.program_id(2).to(tl.int64) * stride_sp
             tl.store(
                 part + offs_m[:, None] * stride_sm + offs_r[None, :],
                 acc.to(s_ptr.dtype.element_ty),
-                mask=here[:, None] & (offs_r[None, :] < rank),
+                mask=here[:, None] & (offs_r[None, :] < near),
             )
 
 
@@ -150,8 +151,8 @@ def lora_multi_shrink(
 
     Returns:
         tuple: s ``[parts, M, R]`` with rows padded to 16 bytes, in the dtype of x for one part and fp32 for
-        more; and the mask as `lora_shrink` gives it. Rows without an adapter, ranks past a row's own and
-        their mask bits are left unwritten: no consumer reads them.
+        more; and the mask as `lora_shrink` gives it. Rows without an adapter,
+        their mask bits, and s past a row's rank rounded up to 8 are left unwritten: no consumer reads them.
     """
     (M, K), R = x.shape, lora_A.shape[1]
     order, sorted_ids, starts = routing
