@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ from fastlora.kernels.config import (
     keep_scale,
     multi_shrink_parts,
 )
+from fastlora.kernels.launch import Aside
+from fastlora.kernels.multi_add import frozen_product, lora_multi_add
 from fastlora.kernels.multi_decode import lora_multi_decode
 from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
@@ -40,16 +43,22 @@ def _product(
     lora_B: Tensor,
     ranks: Tensor | None,
     routing: Routing,
-    tiles: tuple[str, LaunchConfig],
+    tiles: tuple[str, LaunchConfig | None],
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    aside: Aside | None = None,
 ) -> Tensor:
-    """``x W^T + bias + mask * (s B[l]^T)``; the kernel for few rows has no mask."""
+    """``x W^T + bias + mask * (s B[l]^T)``; few rows have no mask. ``aside`` is where s is being made."""
     kind, c = tiles
+    if c is None:
+        product = frozen_product(x, weight)
+        if aside is not None:
+            aside.join()
+        return lora_multi_add(product, s, lora_B, ranks, routing.ids, x.dtype, bias)
     if kind == "decode":
         return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, c, bias)
     slots = (routing.ids, routing.tile_slots(c.BLOCK_M))
-    return lora_multi_gemm(x, weight, s, lora_B, ranks, slots, tiles, bias, mask)
+    return lora_multi_gemm(x, weight, s, lora_B, ranks, slots, (kind, c), bias, mask)
 
 
 def fused_forward(
@@ -71,15 +80,17 @@ def fused_forward(
     without dropout. The gradient of lora_B is what needs s.
     """
     tiles = multi_gemm_tiles(x, weight, lora_A.shape[1])
-    few = tiles[0] == "decode"
-    in_parts = few and not need_s  # backward wants s as one tensor
+    in_parts = tiles[0] in ("decode", "add") and not need_s  # backward wants s as one tensor
     num_sms = device_properties(x.device)[1]
-    s, mask = lora_multi_shrink(
-        x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed,
-        parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
-        early=few,
-    )  # fmt: skip
-    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias=bias)
+    blocks = _blocks(routing)
+    aside = Aside(x.device) if tiles[0] == "add" else None
+    with aside or contextlib.nullcontext():
+        s, mask = lora_multi_shrink(
+            x, lora_A, scaling, ranks, blocks, MULTI_BLOCK_M, dropout_p, seed,
+            parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
+            early=tiles[0] == "decode",
+        )  # fmt: skip
+    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias=bias, aside=aside)
     return y, s[0] if need_s else None, mask
 
 

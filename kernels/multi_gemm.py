@@ -36,12 +36,14 @@ from .config import (
     gemm_boxes,
     gemm_pointer_config,
     multi_decode_config,
+    multi_gathers,
     multi_gemm_tma_config,
     next_power_of_2,
     rank_step,
 )
 from .dropout import load_keep
 from .launch import Launch, cached_plan
+from .multi_add import can_keep_fp32
 
 
 @triton.jit
@@ -198,13 +200,12 @@ def _tiles(
     masked: bool,
     is_aligned: bool,
     precision: str,
-) -> tuple[str, LaunchConfig]:
+) -> tuple[str, LaunchConfig | None]:
     (M, _), (N, K), itemsize = shape, w_shape, dtype.itemsize
     major, num_sms = device_properties(device)
-    if not masked and precision == "tf32":
-        decode = multi_decode_config(M, N, K, R, itemsize, num_sms)
-        if decode is not None:
-            return "decode", decode
+    if not masked and precision == "tf32" and multi_gathers(M, K, R):
+        decode = multi_decode_config(M, N, itemsize, num_sms, itemsize > 2 or can_keep_fp32())
+        return ("decode", decode) if decode is not None else ("add", None)
     dense = rows_fit_tma(w_shape, w_stride, itemsize) or rows_fit_tma(
         (K, N), w_stride[::-1], itemsize
     )
@@ -217,7 +218,7 @@ def _tiles(
 
 def multi_gemm_tiles(
     x: Tensor, weight: Tensor, R: int, masked: bool = False
-) -> tuple[str, LaunchConfig]:
+) -> tuple[str, LaunchConfig | None]:
     """Which kernel computes ``x weight^T`` and the rank product, and its tiles: the caller routes by BLOCK_M.
 
     Args:
@@ -227,8 +228,8 @@ def multi_gemm_tiles(
         masked (bool): whether dropout's mask is applied to the rank product. Default: ``False``.
 
     Returns:
-        tuple: ``"decode"`` for `lora_multi_decode`, ``"tma"`` or ``"pointer"`` for `lora_multi_gemm`, and the
-        launch configuration.
+        tuple: ``"decode"`` for `lora_multi_decode`, ``"add"`` for `lora_multi_add`, ``"tma"`` or
+        ``"pointer"`` for `lora_multi_gemm`, and the launch configuration, which ``"add"`` has none of.
     """
     return _tiles(
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), x.device, R, masked,

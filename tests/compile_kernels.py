@@ -326,8 +326,12 @@ def multi_launches(
 
     def product(x: Tensor, weight: Tensor, right: Tensor, **options: Any) -> None:
         plan = gemm.multi_gemm_tiles(x, weight, R, case.dropout > 0)
-        parts = config.multi_shrink_parts(M, K, 132) if plan[0] == "decode" else 1
+        parts = config.multi_shrink_parts(M, K, 132) if plan[0] in ("decode", "add") else 1
         s = new((parts, M, R), dtype=dtype if parts == 1 else torch.float32)
+        if plan[1] is None:
+            y = new(x.shape[0], weight.shape[0])
+            modules["multi_add"].lora_multi_add(y, s, right, ranks, ids, dtype, **options)
+            return
         if plan[0] == "decode":
             modules["multi_decode"].lora_multi_decode(
                 x, weight, s, right, ranks, ids, plan[1], **options

@@ -37,6 +37,7 @@ from fastlora.kernels import common, launch
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig
 from fastlora.kernels.lora_merge import lora_merge
+from fastlora.kernels.multi_add import lora_multi_add
 from fastlora.kernels.multi_decode import lora_multi_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,13 +121,17 @@ def calls(
             x, *stack,
         )  # fmt: skip
         with torch.no_grad():  # as in decoding: s comes in parts
-            few, wide = draw(5, 1032, dtype=dtype), draw(N, 1032, dtype=dtype)
+            c = LaunchConfig(16, 32, 64, num_warps=4, num_stages=3)
+            few, wide = draw(20, 1032, dtype=dtype), draw(N, 1032, dtype=dtype)
             fastlora.lora_linear_multi(
-                few, wide, (draw(3, R, 1032, dtype=adapter), stack[1]), ids[:5]
+                few, wide, (draw(3, R, 1032, dtype=adapter), stack[1]), ids[:20]
             )
-            c = LaunchConfig(16, 32, 64, num_warps=4, num_stages=3, SPLITS=3)
-            s = draw(2, 5, R, dtype=torch.float32)
-            lora_multi_decode(few, wide, s, stack[1], None, ids[:5].int(), c, bias)
+            for rows in (5, 20):  # fewer, and more than one launch does it for
+                s = draw(2, rows, R, dtype=torch.float32)
+                where = ids[:rows].int()
+                lora_multi_decode(few[:rows], wide, s, stack[1], None, where, c, bias)
+                product = draw(rows, N, dtype=torch.float32)
+                lora_multi_add(product, s, stack[1], None, where, dtype, bias)
 
     def merged() -> None:
         step(

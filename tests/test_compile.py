@@ -33,7 +33,7 @@ OPS = (
     *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
     *("embedding", "sliced", "merge"),
 )
-NO_PRODUCT = {"_sum_splits_kernel", "_lora_multi_sum_kernel", "_lora_embedding_grad_a_kernel"}
+NO_PRODUCT = {"_sum_splits_kernel", "_lora_multi_add_kernel", "_lora_embedding_grad_a_kernel"}
 ONE_STEP = {"_lora_merge_kernel"}
 
 

@@ -349,11 +349,13 @@ def test_wrong_arguments(changes, error, message):
         lora_linear_multi(**arguments("cpu", **changes))
 
 
-@pytest.mark.parametrize("splits", [1, 3, 4])
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("R", [1, 3, 16, 40])
-def test_decode_in_parts_of_k(device, splits, with_bias, R):
+def test_rows_that_gather_their_own_adapter(device, apart, with_bias, R):
+    """In one launch, or added to a product that is there; s in parts; what is past a row's rank is NaN."""
     from fastlora.kernels.config import LaunchConfig
+    from fastlora.kernels.multi_add import frozen_product, lora_multi_add
     from fastlora.kernels.multi_decode import lora_multi_decode
 
     M, K, N, slots = 21, 136, 40, 3
@@ -365,11 +367,18 @@ def test_decode_in_parts_of_k(device, splits, with_bias, R):
     for m, slot in enumerate(ids.tolist()):
         r = 0 if slot < 0 else ranks[slot]
         exact[m] += lora_B[slot, :, :r].double() @ s[:, m, :r].double().sum(0)
-        s[:, m, r:] = float("nan")  # as the kernel that makes s leaves them
-    lora_B[1, :, ranks[1] :] = lora_B[2] = float("nan")  # an adapter that was here before
+        s[:, m, r:] = float("nan")
+    lora_B[1, :, ranks[1] :] = lora_B[2] = float("nan")
     exact = exact if bias is None else exact + bias
-    c = LaunchConfig(16, 32, 32, num_warps=4, num_stages=2, SPLITS=splits)
+    c = LaunchConfig(16, 32, 32, num_warps=4, num_stages=2)
     held = torch.tensor(ranks, dtype=torch.int32, device=device)
-    got = lora_multi_decode(x, weight, s, lora_B, held, ids, c, bias)
+
+    def call():
+        if apart:
+            product = frozen_product(x, weight)
+            return lora_multi_add(product, s, lora_B, held, ids, x.dtype, bias)
+        return lora_multi_decode(x, weight, s, lora_B, held, ids, c, bias)
+
+    got = call()
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
-    assert torch.equal(got, lora_multi_decode(x, weight, s, lora_B, held, ids, c, bias))
+    assert torch.equal(got, call())

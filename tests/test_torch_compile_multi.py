@@ -131,7 +131,7 @@ def test_every_tile_has_its_table(device):
         for M in (1, 16, 17, 33, 256, 257, 8192)
         for itemsize in (2, 4)
         for c in (
-            config.multi_decode_config(M, 4096, 4096, 16, itemsize, 132),
+            config.multi_decode_config(M, 4096, itemsize, 132, False),
             config.multi_gemm_tma_config(M, 4096, itemsize, 132, None),
             config.multi_gemm_tma_config(M, 4096, itemsize, 132, 16),
             config.gemm_pointer_config(itemsize, "ieee"),
