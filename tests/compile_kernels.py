@@ -297,8 +297,13 @@ def call(case: Case) -> None:
             w, lora_A, lora_B, new((N,), dtype=adapter), scaling
         ),
         "dora_forward": lambda: modules["lora_forward"].lora_forward(
-            x, w, s, lora_B, new((N,), dtype=dtype) if case.bias else None,
-            new((N,), dtype=torch.float32), new((M, N), dtype=dtype),
+            x,
+            w,
+            s,
+            lora_B,
+            new((N,), dtype=dtype) if case.bias else None,
+            new((N,), dtype=torch.float32),
+            new((M, N), dtype=dtype),
         ),
         "dora_grad": lambda: modules["dora_grad"].dora_grad(
             dy, dy, new((N,), dtype=torch.float32), new((N,), dtype=torch.float32), adapter
