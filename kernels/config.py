@@ -155,11 +155,11 @@ def dora_norm_config(itemsize: int, R: int, precision: str) -> LaunchConfig:
     """Rows by columns of W that one step of `dora_norm` reads: ``BLOCK_N`` x ``BLOCK_K``.
 
     All of K is a program's, so rows are as few as `tl.dot` takes: 256 programs for 4096 rows. A step reads
-    ``R`` rows of A beside them, from L2. Not tuned on a GPU yet.
+    16 KB of A at most beside them, which come from L2. Not tuned on a GPU yet.
     """
     if precision == "ieee" and itemsize == 4:
         return LaunchConfig(16, 16, 32, num_warps=4, num_stages=3)
-    block_k = max(32, 256 * 32 // max(32, rank_block(R)) * 2 // itemsize)
+    block_k = min(512 // itemsize, (1 << 14) // (rank_block(R) * itemsize))
     return LaunchConfig(16, 16, block_k, num_warps=4, num_stages=3)
 
 
@@ -323,7 +323,7 @@ def grad_ab_config(
 
 
 def dora_grad_config(M: int, N: int, itemsize: int, num_sms: int) -> ReduceConfig:
-    """Config of `dora_grad`, bound by memory: 512 bytes of a row, as many programs as keep loads in flight.
+    """Config of `dora_grad`, a pass as wide as memory: 512 bytes of a row, and loads enough in flight.
 
     Not tuned on a GPU yet.
     """

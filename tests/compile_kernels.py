@@ -141,17 +141,21 @@ def cases() -> list[Case]:
                 Case(op, arch, "ieee", R=64, dropout=True),
                 Case(op, arch, R=8, dropout=True, **odd),
             ]
-        for op in ("dora_norm", "dora_grad"):
-            found += [
-                Case(op, arch),
-                Case(op, arch, R=64, fp32_adapters=True, tensor_scaling=True),
-                Case(op, arch, R=256),
-                Case(op, arch, "fp16", R=128),
-                Case(op, arch, "tf32", R=16),
-                Case(op, arch, "ieee", R=64),
-                Case(op, arch, R=8, **odd),
-            ]
-        found += [Case("dora_norm", arch, "tf32", R=256), Case("dora_norm", arch, "ieee", R=256)]
+        found += [
+            Case("dora_norm", arch),
+            Case("dora_norm", arch, R=64, fp32_adapters=True, tensor_scaling=True),
+            Case("dora_norm", arch, R=256),
+            Case("dora_norm", arch, "fp16", R=128),
+            Case("dora_norm", arch, "tf32", R=256),
+            Case("dora_norm", arch, "ieee", R=64),
+            Case("dora_norm", arch, "ieee", R=256),
+            Case("dora_norm", arch, R=8, **odd),
+            Case("dora_grad", arch),
+            Case("dora_grad", arch, "fp16", fp32_adapters=True),
+            Case("dora_grad", arch, "tf32"),
+            Case("dora_grad", arch, "ieee"),
+            Case("dora_grad", arch, **odd),
+        ]
         for rank in (48, 256):
             found.append(Case("shrink_group", arch, R=rank, dropout=True))
         found += [
