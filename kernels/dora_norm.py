@@ -35,17 +35,19 @@ def _dora_norm_kernel(
         mask=(offs_n[:, None] < N) & (offs_r[None, :] < R),
         other=0.0,
     ).to(dtype)  # [BLOCK_N, BLOCK_R]
-    w_ptrs = w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
     following = tl.load(
-        w_ptrs, mask=(offs_n[:, None] < N) & (offs_k[None, :] < K), other=0.0
+        w_ptr + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk,
+        mask=(offs_n[:, None] < N) & (offs_k[None, :] < K),
+        other=0.0,
     )  # [BLOCK_N, BLOCK_K]
     squares = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
-        # A step ahead: only what a product reads is pipelined.
-        w = following
-        w_ptrs += BLOCK_K * stride_wk
+        # W is loaded a step ahead by hand: only what a product reads is pipelined.
+        w, next_k = following, k + BLOCK_K + offs_k
         following = tl.load(
-            w_ptrs, mask=(offs_n[:, None] < N) & (k + BLOCK_K + offs_k[None, :] < K), other=0.0
+            w_ptr + offs_n[:, None] * stride_wn + next_k[None, :] * stride_wk,
+            mask=(offs_n[:, None] < N) & (next_k[None, :] < K),
+            other=0.0,
         )  # [BLOCK_N, BLOCK_K]
         a = tl.load(
             a_ptr + offs_r[:, None] * stride_ar + (k + offs_k)[None, :] * stride_ak,
