@@ -1,9 +1,10 @@
-"""Times of the loralib-style layers: the embedding, q and v in one weight, and switching tasks.
+"""Times of the other layers: the embedding, q and v in one weight, DoRA, and switching tasks.
 
 ``python benchmarks/bench_layers.py [--json FILE]``. Each row is a ratio to what the layer is measured by:
-the plain gather, the plain linear, one copy of all weights. Times are those of an eager program, with what
-the host takes to enqueue a call beside them, and of a CUDA graph of the same calls: the GPU alone. Without a
-CUDA GPU the sizes are tiny and every call is only checked to run: no times are given.
+the plain gather, the plain linear, its products forward and backward, one copy of all weights. Times are
+those of an eager program, with what the host takes to enqueue a call beside them, and of a CUDA graph of
+the same calls: the GPU alone. Without a CUDA GPU the sizes are tiny and every call is only checked to run:
+no times are given.
 """
 
 from __future__ import annotations
@@ -88,6 +89,43 @@ def query_and_value(R: int = 16) -> Calls:
     }
 
 
+def dora(R: int = 16) -> Calls:
+    """DoRA of 4096 -> 4096, 8192 tokens: forward + backward, beside the two frozen products."""
+    K, N, M = (4096, 4096, 8192) if CUDA else (32, 16, 8)
+    base = nn.Linear(K, N, bias=False, device=DEVICE, dtype=DTYPE)
+    weight = base.weight.detach()
+    x = torch.randn(M, K, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    dy = torch.randn(M, N, device=DEVICE, dtype=DTYPE)
+    lora_A = torch.randn(R, K, device=DEVICE, dtype=DTYPE) / K**0.5
+    lora_B = torch.randn(N, R, device=DEVICE, dtype=DTYPE) / R**0.5
+    magnitude = torch.linalg.vector_norm(weight, dim=1)
+    leaves = [t.requires_grad_() for t in (lora_A, lora_B, magnitude)]
+
+    @torch.no_grad()
+    def plain(i: int) -> None:
+        F.linear(x, weight)
+        torch.mm(dy, weight)
+
+    def step(i: int) -> None:
+        y = fastlora.dora_linear(x, weight, lora_A, lora_B, magnitude, scaling=2.0)
+        torch.autograd.grad(y, (x, *leaves), dy)
+
+    calls: Calls = {"plain": plain, "dora": step}
+    if importlib.util.find_spec("peft") is not None:
+        import peft
+
+        config = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules=["0"], use_dora=True)
+        model = peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False)
+        layer = model.base_model.model[0]
+        learns = [p for p in layer.parameters() if p.requires_grad]
+
+        def theirs(i: int) -> None:
+            torch.autograd.grad(layer(x), (x, *learns), dy)
+
+        calls["dora, PEFT"] = theirs
+    return calls
+
+
 def switching(R: int = 16) -> Calls:
     """A merged model with the linears of an 8B Llama, between two adapters on the GPU."""
     H, KV, FF, blocks = (4096, 1024, 14336, 32) if CUDA else (32, 16, 48, 2)
@@ -133,7 +171,7 @@ def main() -> int:
         "platform": platform.platform(terse=True),
     }
     eager, alone, failed = {}, {}, ""
-    for make in (embedding, query_and_value, switching):
+    for make in (embedding, query_and_value, dora, switching):
         calls, name = make(), make.__name__
         if clock is None:
             for call in calls.values():

@@ -1,6 +1,6 @@
-"""The shrink kernel as a `torch.library` op, for the norm and mask of a compiled DoRA: see `fastlora.ops`.
+"""The shrink kernel as a `torch.library` op, for the mask of a compiled DoRA: see `fastlora.ops`.
 
-Both are constants to autograd, so the op has no gradient.
+The mask is a constant to autograd, so the op has no gradient.
 """
 
 from __future__ import annotations

@@ -131,6 +131,12 @@ def add_bias(acc, bias_ptr, offs_n, N):
 
 
 @triton.jit
+def scale_columns(acc, g_ptr, offs_n, N):
+    """``g * acc``, a factor for each column of a tile."""
+    return acc * tl.load(g_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+
+
+@triton.jit
 def store_tile(
     desc, acc, start_m, start_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,

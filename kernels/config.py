@@ -70,12 +70,12 @@ def rank_step(R: int, itemsize: int) -> int:
 
 
 def gemm_boxes(
-    c: LaunchConfig, *, nk: bool = True, rank_product: bool = False
+    c: LaunchConfig, *, nk: bool = True, rank_product: bool = False, outputs: int = 1
 ) -> tuple[tuple[int, int], ...]:
-    """Blocks of a TMA GEMM's descriptors: x, W (``[N, K]`` if ``nk``), perhaps s and B, and y."""
+    """Blocks of a TMA GEMM's descriptors: x, W (``[N, K]`` if ``nk``), perhaps s and B, and the outputs."""
     right = (c.BLOCK_N, c.BLOCK_K) if nk else (c.BLOCK_K, c.BLOCK_N)
     products = ((c.BLOCK_M, c.BLOCK_K), right) * (2 if rank_product else 1)
-    return (*products, (c.BLOCK_M, c.BLOCK_N // c.SUBTILES))
+    return (*products, *[(c.BLOCK_M, c.BLOCK_N // c.SUBTILES)] * outputs)
 
 
 def runs_beside(M: int, N: int, num_sms: int) -> bool:
@@ -156,6 +156,18 @@ def shrink_config(
         return LaunchConfig(16, 16, 256, num_warps=4, num_stages=3)
     block_k = 128 if itemsize == 2 and R <= 128 else 64 if R <= 128 else 32
     return LaunchConfig(32, 16, block_k, num_warps=4, num_stages=4 if R <= 64 else 3)
+
+
+def dora_norm_config(itemsize: int, R: int, precision: str) -> LaunchConfig:
+    """Rows by columns of W that one step of `dora_norm` reads: ``BLOCK_N`` x ``BLOCK_K``.
+
+    All of K is a program's, so rows are as few as `tl.dot` takes: 256 programs for 4096 rows. A step reads
+    16 KB of A at most beside them, which come from L2. Not tuned on a GPU yet.
+    """
+    if precision == "ieee" and itemsize == 4:
+        return LaunchConfig(16, 16, 32, num_warps=4, num_stages=3)
+    block_k = min(512 // itemsize, (1 << 14) // (rank_block(R) * itemsize))
+    return LaunchConfig(16, 16, block_k, num_warps=4, num_stages=3)
 
 
 def merge_config(itemsize: int) -> LaunchConfig:
@@ -311,6 +323,16 @@ def grad_ab_config(
     if itemsize == 4 or R > 64:
         return ReduceConfig(32, min(block_c, 64), 1, num_warps=4, num_stages=2)
     return ReduceConfig(64, block_c, 1, num_warps=4, num_stages=3 if block_c > 32 else 4)
+
+
+def dora_grad_config(M: int, N: int, itemsize: int, num_sms: int) -> ReduceConfig:
+    """Config of `dora_grad`, a pass as wide as memory: 512 bytes of a row, and loads enough in flight.
+
+    Not tuned on a GPU yet.
+    """
+    block_m, block_c = 16, 512 // itemsize
+    splits = _row_splits(M, N, block_m, block_c, num_sms, per_sm=4)
+    return ReduceConfig(block_m, block_c, splits, num_warps=4, num_stages=1)
 
 
 def embedding_config(

@@ -1,4 +1,4 @@
-"""``y = x W0^T + bias + s B^T``: the frozen GEMM, with the rank product in the same accumulator."""
+"""``y = g * (x W0^T + s B^T) + bias``: the frozen GEMM, with the rank product in the same accumulator."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .common import (
     has_tma,
     late_wait_step,
     rows_fit_tma,
+    scale_columns,
     store_tile,
     strides,
     tile_of,
@@ -40,12 +41,13 @@ from .launch import Launch, cached_plan
 
 @triton.jit
 def _lora_forward_tma_kernel(
-    x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr, M, N, K, R,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    x_desc, w_desc, s_desc, b_desc, y_desc, z_desc, bias_ptr, g_ptr, M, N, K, R,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, KEEP_Z: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """``y = [x s] [W B]^T + bias`` by TMA. Grid: persistent, one program an SM.
+    """``y = g * z + bias`` with ``z = [x s] [W B]^T``, by TMA. Grid: persistent, one program an SM.
 
     The rank product is the last steps of the K loop, read from other tensors: one pipeline for both,
     which a product after the loop would drain. Flattening prefetches the next tile during a store. The
@@ -70,6 +72,10 @@ def _lora_forward_tma_kernel(
             a = left.load([start_m, start_k])  # [BLOCK_M, BLOCK_K]
             b = right.load([start_n, start_k])  # [BLOCK_N, BLOCK_K]
             acc = dot(a, b.T, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if KEEP_Z:
+            store_tile(z_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
+        if HAS_SCALE:
+            acc = scale_columns(acc, g_ptr, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), N)
         if HAS_BIAS:
             acc = add_bias(acc, bias_ptr, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), N)
         store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
@@ -77,13 +83,13 @@ def _lora_forward_tma_kernel(
 
 @triton.jit
 def _lora_forward_pointer_kernel(
-    x_ptr, w_ptr, y_ptr, s_ptr, b_ptr, bias_ptr,
+    x_ptr, w_ptr, y_ptr, z_ptr, s_ptr, b_ptr, bias_ptr, g_ptr,
     M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_sm, stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, KEEP_Z: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """``y = x W^T + s B^T + bias`` for any strides. Grid: one program a tile of y."""
+    """``y = g * z + bias`` with ``z = x W^T + s B^T``, any strides. Grid: one program a tile of y."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -97,6 +103,14 @@ def _lora_forward_pointer_kernel(
         acc, s_ptr, b_ptr, offs_m, offs_m[:, None] < M, offs_n, N, R, R_STEPS * BLOCK_R,
         stride_sm, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, BLOCK_R,
     )  # fmt: skip
+    if KEEP_Z:
+        tl.store(
+            z_ptr + offs_m[:, None] * N + offs_n[None, :],
+            acc.to(z_ptr.dtype.element_ty),
+            mask=(offs_m[:, None] < M) & (offs_n[None, :] < N),
+        )
+    if HAS_SCALE:
+        acc = scale_columns(acc, g_ptr, offs_n, N)
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, offs_n, N)
     tl.store(
@@ -119,6 +133,8 @@ def _plan(
     s_stride: int,
     device: torch.device,
     bias_dtype: torch.dtype | None,
+    has_scale: bool,
+    keep_z: bool,
     is_aligned: bool,
     precision: str,
 ) -> tuple[bool, bool, Launch]:
@@ -126,7 +142,8 @@ def _plan(
     (M, K), (N, R), itemsize = shape, b_shape, dtype.itemsize
     major, num_sms = device_properties(device)
     options: dict[str, Any] = {
-        "HAS_BIAS": bias_dtype is not None, "PRECISION": precision, "fixed": True,
+        "HAS_BIAS": bias_dtype is not None, "HAS_SCALE": has_scale, "KEEP_Z": keep_z,
+        "PRECISION": precision, "fixed": True,
     }  # fmt: skip
     dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma(w_shape, w_stride, itemsize)
     if has_tma(major) and precision == "tf32" and is_aligned and dense and N * itemsize % 16 == 0:
@@ -137,7 +154,7 @@ def _plan(
         described &= rows_fit_tma((M, R), (s_stride, 1), itemsize)
         return True, described, Launch(
             _lora_forward_tma_kernel, (min(num_sms, tiles),), device, M, N, K, R,
-            boxes=gemm_boxes(c, rank_product=True),
+            boxes=gemm_boxes(c, rank_product=True, outputs=2 if keep_z else 1),
             BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
             SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
             PDL=pdl, launch_pdl=pdl, **options,
@@ -154,9 +171,15 @@ def _plan(
 
 
 def lora_forward(
-    x: Tensor, weight: Tensor, s: Tensor, lora_B: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    z: Tensor | None = None,
 ) -> Tensor:
-    """``y = x W0^T + bias + s B^T`` in the dtype of x, contiguous.
+    """``y = g * z + bias`` in the dtype of x, contiguous, with ``z = x W0^T + s B^T``; g is 1 for LoRA.
 
     Args:
         x (Tensor): ``[M, K]``, any strides.
@@ -164,6 +187,9 @@ def lora_forward(
         s (Tensor): ``[M, R]`` in the dtype of x, rows dense, as `lora_shrink` gives it.
         lora_B (Tensor): ``[N, R]``, any strides, cast to the dtype of x for the product.
         bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
+        column_scale (Tensor | None): g, fp32 ``[N]`` contiguous. Default: ``None``.
+        z (Tensor | None): ``[M, N]`` in the dtype of x, contiguous and aligned as torch allocates, to write
+            z into as well. Default: ``None``.
 
     Returns:
         Tensor: ``[M, N]``.
@@ -171,14 +197,15 @@ def lora_forward(
     (M, K), N = x.shape, weight.shape[0]
     by_tma, described, launch = _plan(
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), lora_B.shape, lora_B.stride(),
-        lora_B.dtype, s.stride(0), x.device, None if bias is None else bias.dtype, aligned(x, weight),
-        dot_precision(x.dtype, K),
+        lora_B.dtype, s.stride(0), x.device, None if bias is None else bias.dtype,
+        column_scale is not None, z is not None, aligned(x, weight), dot_precision(x.dtype, K),
     )  # fmt: skip
     if by_tma and not (described and aligned(s, lora_B)):
-        return lora_forward(x, weight, for_tma(s, x.dtype), for_tma(lora_B, x.dtype), bias)
+        s, lora_B = for_tma(s, x.dtype), for_tma(lora_B, x.dtype)
+        return lora_forward(x, weight, s, lora_B, bias, column_scale, z)
     y = x.new_empty((M, N))
     if by_tma:
-        launch(x, weight, s, lora_B, y, bias)
+        launch(x, weight, s, lora_B, y, z, bias, column_scale)
     else:
-        launch(x, weight, y, s, lora_B, bias)
+        launch(x, weight, y, z, s, lora_B, bias, column_scale)
     return y

@@ -105,6 +105,16 @@ def cases() -> list[Case]:
         Case("grad_x_beside", 90, "tf32"),
         Case("grad_x_beside", 90, "tf32", R=64, dropout=True),
         Case("forward", 90, M=2048),
+        Case("dora_forward", 90),
+        Case("dora_forward", 90, R=64, bias=True, M=2048),
+        Case("dora_forward", 90, R=128, bias=True, fp32_adapters=True, **few),
+        Case("dora_forward", 90, "fp16", R=32, bias=True),
+        Case("dora_forward", 90, "tf32", bias=True),
+        Case("dora_forward", 90, "ieee"),
+        Case("dora_forward", 90, R=64, bias=True, **odd),
+        Case("dora_forward", 80, bias=True),
+        Case("dora_forward", 80, "tf32", R=64),
+        Case("dora_forward", 80, "ieee", bias=True),
         Case("shrink_beside", 90, M=2048),
         Case("shrink_beside", 90, N=1024),
         Case("shrink_beside", 90, R=32, dropout=True, fp32_adapters=True, N=1024),
@@ -131,6 +141,21 @@ def cases() -> list[Case]:
                 Case(op, arch, "ieee", R=64, dropout=True),
                 Case(op, arch, R=8, dropout=True, **odd),
             ]
+        found += [
+            Case("dora_norm", arch),
+            Case("dora_norm", arch, R=64, fp32_adapters=True, tensor_scaling=True),
+            Case("dora_norm", arch, R=256),
+            Case("dora_norm", arch, "fp16", R=128),
+            Case("dora_norm", arch, "tf32", R=256),
+            Case("dora_norm", arch, "ieee", R=64),
+            Case("dora_norm", arch, "ieee", R=256),
+            Case("dora_norm", arch, R=8, **odd),
+            Case("dora_grad", arch),
+            Case("dora_grad", arch, "fp16", fp32_adapters=True),
+            Case("dora_grad", arch, "tf32"),
+            Case("dora_grad", arch, "ieee"),
+            Case("dora_grad", arch, **odd),
+        ]
         for rank in (48, 256):
             found.append(Case("shrink_group", arch, R=rank, dropout=True))
         found += [
@@ -193,6 +218,7 @@ def cases() -> list[Case]:
         ]
     for arch in (100, 120):
         found += [Case("merge", arch), Case("sliced", arch)]
+        found += [Case("dora_norm", arch), Case("dora_forward", arch), Case("dora_grad", arch)]
         found += [Case("multi_forward", arch, M=rows) for rows in (16, 256, 8192)]
         found += [Case("forward", arch, bias=True), Case("grad_x", arch, R=64, dropout=True)]
         found += [Case("shrink", arch, dropout=True), Case("grad_a", arch, R=64, dropout=True)]
@@ -270,6 +296,21 @@ def call(case: Case) -> None:
         ),
         "forward": lambda: modules["lora_forward"].lora_forward(
             x, w, s, lora_B, new((N,), dtype=dtype) if case.bias else None
+        ),
+        "dora_norm": lambda: modules["dora_norm"].dora_norm(
+            w, lora_A, lora_B, new((N,), dtype=adapter), scaling
+        ),
+        "dora_forward": lambda: modules["lora_forward"].lora_forward(
+            x,
+            w,
+            s,
+            lora_B,
+            new((N,), dtype=dtype) if case.bias else None,
+            new((N,), dtype=torch.float32),
+            new((M, N), dtype=dtype),
+        ),
+        "dora_grad": lambda: modules["dora_grad"].dora_grad(
+            dy, dy, new((N,), dtype=torch.float32), new((N,), dtype=torch.float32), adapter
         ),
         "grad_b": lambda: modules["lora_grad_b"].lora_grad_b(dy, s, lora_B, scaling, p),
         "shrink_beside": lambda: modules["lora_shrink"].lora_shrink(

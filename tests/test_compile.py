@@ -31,9 +31,12 @@ GEMMS = {
 OPS = (
     *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab"),
     *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
-    *("embedding", "sliced", "merge"),
+    *("embedding", "sliced", "merge", "dora_norm", "dora_grad"),
 )
-NO_PRODUCT = {"_sum_splits_kernel", "_lora_multi_add_kernel", "_lora_embedding_grad_a_kernel"}
+NO_PRODUCT = {
+    *("_sum_splits_kernel", "_lora_multi_add_kernel", "_lora_embedding_grad_a_kernel"),
+    "_dora_grad_kernel",
+}
 ONE_STEP = {"_lora_merge_kernel"}
 
 
@@ -160,7 +163,8 @@ def test_aligned_gemms_of_hopper_use_wgmma_and_tma(rows):
         row
         for row in rows
         if row["arch"] == 90
-        and row["op"] in ("forward", "sliced", "grad_x", "multi_forward", "multi_grad_x")
+        and row["op"]
+        in ("forward", "dora_forward", "sliced", "grad_x", "multi_forward", "multi_grad_x")
         and row["dtype"] != "ieee"
         and row["M"] > 256
         and row["K"] % 8 == 0

@@ -165,3 +165,20 @@ def test_partial_sums_stay_smaller_than_the_input(M):
         ):
             assert c is not None
             assert 4 * c.row_splits * R <= 2 * 2 * cdiv(M, c.BLOCK_M) * c.BLOCK_M
+
+
+@given(R=ranks, itemsize=itemsizes, precision=st.sampled_from(["tf32", "ieee"]))
+def test_dora_norm_tiles(R, itemsize, precision):
+    c = config.dora_norm_config(itemsize, R, precision)
+    check_launch(c)
+    held = c.num_stages * rank_block(R) * c.BLOCK_K * 4  # rows of A, which may be fp32
+    assert held <= SMALLEST_SHARED, "the ring of A"
+    assert c.BLOCK_N * c.BLOCK_K // (c.num_warps * 32) <= 32, "four such tiles are in registers"
+
+
+@given(M=sizes, N=sizes, itemsize=itemsizes, num_sms=sms)
+def test_dora_grad_splits_cover_the_rows(M, N, itemsize, num_sms):
+    c = config.dora_grad_config(M, N, itemsize, num_sms)
+    check_launch(c)
+    assert 1 <= c.row_splits <= cdiv(M, c.BLOCK_M)
+    assert c.row_splits == 1 or c.row_splits * cdiv(N, c.BLOCK_C) <= 4 * num_sms

@@ -43,10 +43,11 @@ def plain(x, weight, lora_A, lora_B, magnitude, bias=None, *, scaling):
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def run(call, values, dy, **options):
-    names = [n for n in NAMES if n in values]
+def run(call, values, dy, wanted=NAMES, **options):
+    names = [n for n in wanted if n in values]
     leaves = {n: t.detach().requires_grad_(n in names) for n, t in values.items()}
     y = call(**leaves, **options)
+    assert y.requires_grad
     grads = torch.autograd.grad(y, [leaves[n] for n in names], dy)
     return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
 
@@ -65,18 +66,125 @@ def test_norm_without_building_the_product(N, K, R, dtype, device, monkeypatch):
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def assert_fused(values):
+    decision = fastlora.explain(*(values[n] for n in ("x", "weight", "lora_A", "lora_B")))
+    assert decision.fused, str(decision)
+
+
+def check(values, dy, oracle, wanted=NAMES):
+    """The kernels run, and y and every gradient are as exact as PEFT's arithmetic in the same dtype."""
+    assert_fused(values)
+    double = {n: t.double() for n, t in values.items()}
+    truth = run(reference.dora_linear, double, dy.double(), wanted, scaling=1.5)
+    baseline = run(plain, values, dy, wanted, scaling=1.5)
+    got = run(dora_linear, values, dy, wanted, scaling=1.5)
+    for name in truth:
+        assert got[name].dtype == (dy if name == "y" else values[name]).dtype
+        oracle.assert_close(got[name], baseline[name], truth[name], values["x"].dtype, name)
+    return got
+
+
+EACH_DTYPE = pytest.mark.parametrize("dtype", [BF16, F16, F32])
+
+
+@EACH_DTYPE
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapter_dtype", [None, F32])
 def test_values_and_gradients(dtype, bias, adapter_dtype, device, oracle):
     values, dy = make(33, 40, 24, 5, dtype, device, adapter_dtype, bias)
-    double = {n: t.double() for n, t in values.items()}
-    truth = run(reference.dora_linear, double, dy.double(), scaling=1.5)
-    baseline = run(plain, values, dy, scaling=1.5)
-    got = run(dora_linear, values, dy, scaling=1.5)
-    for name in truth:
-        assert got[name].dtype == (dy if name == "y" else values[name]).dtype
-        oracle.assert_close(got[name], baseline[name], truth[name], dtype, name)
+    check(values, dy, oracle)
+
+
+# M, K, N, R. TMA takes rows of a multiple of 16 bytes.
+SHAPES = [
+    pytest.param(1, 40, 24, 1, id="one-token-r1"),
+    pytest.param(129, 67, 45, 3, id="odd-r3"),
+    pytest.param(129, 72, 264, 8, id="two-tiles-r8"),
+    pytest.param(20, 300, 35, 64, id="r64"),
+    pytest.param(18, 136, 72, 200, id="r200"),
+]
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize(("M", "K", "N", "R"), SHAPES)
+def test_shapes(M, K, N, R, dtype, device, oracle):
+    values, dy = make(M, K, N, R, dtype, device, F32)
+    check(values, dy, oracle)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-6, -0.5])
+@EACH_DTYPE
+def test_any_magnitude(magnitude, dtype, device, oracle):
+    """A factor of 0, or one so small that y is all bias, still has a gradient of the magnitude."""
+    values, dy = make(33, 40, 24, 5, dtype, device, F32)
+    values["magnitude"][3:11] = magnitude
+    values["bias"] *= 100
+    got = check(values, dy, oracle)
+    assert got["magnitude"][3:11].abs().min() > 0
+    if magnitude == 0:
+        assert torch.equal(got["y"][:, 3:11], values["bias"][3:11].expand(33, 8))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [("x",), ("lora_A",), ("lora_B",), ("magnitude",), ("bias",), ("weight",), NAMES[1:]],
+    ids=lambda wanted: wanted[0] if len(wanted) == 1 else "parameters",
+)
+def test_only_what_is_wanted(wanted, device):
+    values, dy = make(33, 40, 24, 5, F32, device)
+    assert_fused(values)
+    expected = run(reference.dora_linear, values, dy, wanted, scaling=1.5)
+    got = run(dora_linear, values, dy, wanted, scaling=1.5)
+    assert got.keys() == {"y", *wanted}
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(dora_linear(**values, scaling=1.5), got["y"])
+
+
+def test_layouts(device):
+    """x of other strides, a transposed weight, a magnitude that is a column, the gradient of a sum."""
+    values, _ = make(32, 40, 24, 5, F32, device)
+    one = torch.ones(1, device=device)
+    expected = run(dora_linear, values, one.expand(32, 24).contiguous(), scaling=1.5)
+    laid = {n: t.t().contiguous().t() for n, t in values.items() if t.dim() == 2}
+    laid["magnitude"] = values["magnitude"].repeat(2, 1).t()[:, 1]
+    got = run(dora_linear, values | laid, one.expand(32, 24), scaling=1.5)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5)
+    values["x"] = values["x"].view(4, 8, 40).transpose(0, 1)
+    got = run(dora_linear, values, one.expand(8, 4, 24), scaling=1.5)
+    for name in ("y", "x"):
+        turned = expected[name].view(4, 8, -1).transpose(0, 1)
+        torch.testing.assert_close(got[name], turned, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_the_output_may_be_changed_in_place(p, device):
+    values, dy = make(9, 40, 24, 4, F32, device)
+    torch.manual_seed(SEED)
+    expected = run(lambda **v: dora_linear(**v, dropout_p=p).relu(), values, dy)
+    torch.manual_seed(SEED)
+    got = run(lambda **v: dora_linear(**v, dropout_p=p).relu_(), values, dy)
+    for name in expected:
+        assert torch.equal(got[name], expected[name])
+
+
+def test_graphs_of_the_backward(device):
+    values, dy = make(9, 40, 24, 4, F32, device)
+    expected = run(dora_linear, values, dy)
+
+    def loss(magnitude, x):
+        return (dora_linear(**{**values, "magnitude": magnitude, "x": x}) * dy).sum()
+
+    arguments = values["magnitude"].requires_grad_(), values["x"].requires_grad_()
+    found = torch.func.grad(loss, (0, 1))(*arguments)
+    again = torch.autograd.grad(loss(*arguments), arguments, create_graph=True)
+    for got in (found, again):
+        torch.testing.assert_close(got[0], expected["magnitude"])
+        torch.testing.assert_close(got[1], expected["x"])
+    with pytest.raises(RuntimeError, match="no double backward"):
+        again[0].sum().backward()
 
 
 @pytest.mark.parametrize("path", ["fused", "eager"])
@@ -150,10 +258,14 @@ def test_no_rows_tensor_scaling_and_autocast():
     assert dora_linear(**{**values, "x": values["x"][:0]}, dropout_p=0.5).shape == (0, 24)
     expected = dora_linear(**values, scaling=0.5)
     torch.testing.assert_close(dora_linear(**values, scaling=torch.tensor(0.5)), expected)
-    with torch.autocast("cpu", dtype=BF16):
-        y = dora_linear(**values, scaling=0.5, dropout_p=0.0)
-    assert y.dtype == BF16
-    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+    for p in (0.0, 0.5):
+        torch.manual_seed(SEED)
+        expected = dora_linear(**values, scaling=0.5, dropout_p=p)
+        torch.manual_seed(SEED)
+        with torch.autocast("cpu", dtype=BF16):
+            y = dora_linear(**values, scaling=0.5, dropout_p=p)
+        assert y.dtype == BF16
+        torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
 
 
 BAD = [

@@ -9,6 +9,8 @@ import torch
 
 from fastlora import reference
 from fastlora.kernels.config import cdiv, dropout_threshold, keep_scale
+from fastlora.kernels.dora_grad import dora_grad
+from fastlora.kernels.dora_norm import dora_norm
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
@@ -193,6 +195,81 @@ def test_forward(device, variant, launched, dtype, M, K, N, R, bias_dtype):
         expected += bias.double()
     assert_rounded(y, expected, dtype, depth=K)
     assert launched == [expected_kernel(variant, dtype, K, N)]
+
+
+@EACH_SHAPE
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32])
+def test_forward_with_a_column_scale(device, variant, launched, dtype, M, K, N, R, bias_dtype):
+    x, w = randn(device, dtype, M, K), randn(device, dtype, N, K, scale=K**-0.5)
+    s, b = randn(device, dtype, M, R), randn(device, torch.float32, N, R, scale=R**-0.5)
+    bias = None if bias_dtype is None else randn(device, bias_dtype, N)
+    g, z = torch.rand(N, device=device), x.new_full((M, N), float("nan"))
+    g[0] = 0
+    y = lora_forward(x, w, s, b, bias, g, z)
+    expected = x.double() @ w.double().t() + s.double() @ b.to(dtype).double().t()
+    assert_rounded(z, expected, dtype, depth=K)
+    expected *= g
+    if bias is not None:
+        expected += bias.double()
+    assert_rounded(y, expected, dtype, depth=K)
+    assert torch.equal(y, lora_forward(x, w, s, b, bias, g))
+    assert launched == [expected_kernel(variant, dtype, K, N)] * 2
+
+
+@EACH_SHAPE
+@pytest.mark.parametrize("adapter", [None, torch.float32])
+def test_dora_norm(device, dtype, M, K, N, R, adapter):
+    w = randn(device, dtype, N, K, scale=K**-0.5)
+    # The interpreter truncates where it casts to bf16: fp32 adapters hold what dtype can here.
+    a, b = randn(device, dtype, R, K), randn(device, dtype, N, R, scale=R**-0.5)
+    a, b = a.to(adapter or dtype), b.to(adapter or dtype)
+    magnitude = randn(device, adapter or dtype, N)
+    magnitude[0] = 0
+    expected = torch.linalg.norm(w.double() + 0.7 * b.double() @ a.double(), dim=1)
+    exact = dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+    for scaling in (0.7, torch.tensor(0.7, device=device)):
+        g, norm = dora_norm(w, a, b, magnitude, scaling)
+        assert g.dtype == norm.dtype == torch.float32
+        # Products of 16-bit numbers are exact in fp32; what is left is one running sum a column of a tile.
+        torch.testing.assert_close(norm.double(), expected, rtol=2e-6 if exact else 1e-3, atol=0)
+        assert torch.equal(g, magnitude.float() / norm)
+    turned = [t.t().contiguous().t() for t in (w, a, b)]
+    assert torch.equal(dora_norm(*turned, magnitude, 0.7)[1], norm)
+
+
+def test_dora_norm_where_the_parts_cancel(device):
+    """A row of W0 + B A a thousandth as long as its parts: the expanded square tells nothing of it."""
+    a, b = randn(device, torch.float32, 4, 300), randn(device, torch.float32, 20, 4)
+    rest = 1e-3 * randn(device, torch.float32, 20, 300)
+    w = (rest.double() - b.double() @ a.double()).float()
+    expected = torch.linalg.norm(w.double() + b.double() @ a.double(), dim=1)
+    _, norm = dora_norm(w, a, b, b[:, 0].contiguous(), 1.0)
+    torch.testing.assert_close(norm.double(), expected, rtol=1e-4, atol=0)
+
+
+@EACH_SHAPE
+def test_dora_grad(device, dtype, M, K, N, R):
+    dy, z = randn(device, dtype, M, N), randn(device, dtype, M, N)
+    g, norm = torch.randn(N, device=device), torch.rand(N, device=device) + 0.1
+    g[0] = 0
+    expected = (dy.double() * z.double()).sum(0) / norm
+    # The gradient of a sum is one number for all; what comes from a transposed product has other strides.
+    for given in (dy, dy.t().contiguous().t(), dy[:1, :1].expand(M, N)):
+        exact = given.double()
+        for out in {dtype, torch.float32}:
+            dz, dmagnitude = dora_grad(given, z, g, norm, out)
+            assert_rounded(dz, exact * g, dtype, products=False)
+            assert_rounded(
+                dmagnitude, (exact * z.double()).sum(0) / norm, out, depth=M, products=False
+            )
+    dz, none = dora_grad(dy, None, g, norm, dtype)
+    assert none is None
+    assert_rounded(dz, dy.double() * g, dtype, products=False)
+    none, dmagnitude = dora_grad(dy, z, g, norm, torch.float32, need_dz=False)
+    assert none is None
+    assert_rounded(dmagnitude, expected, torch.float32, depth=M, products=False)
+    again = dora_grad(dy, z, g, norm, torch.float32)[1]
+    assert torch.equal(again, dmagnitude)
 
 
 @EACH_SHAPE

@@ -17,12 +17,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fastlora
-from fastlora import embedding, merged_linear
+from fastlora import dora, embedding, merged_linear
 
 ops_embedding = pytest.importorskip(
     "fastlora.ops_embedding", reason="needs Triton", exc_type=ImportError
 )
 ops_merged = pytest.importorskip("fastlora.ops_merged", reason="needs Triton", exc_type=ImportError)
+ops_dora = pytest.importorskip("fastlora.ops_dora", reason="needs Triton", exc_type=ImportError)
 ops_shrink = pytest.importorskip("fastlora.ops_shrink", reason="needs Triton", exc_type=ImportError)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -230,7 +231,8 @@ def test_wrong_ids_are_an_error(device):
 
 
 @pytest.mark.parametrize(
-    ("kind", "op"), [(Tables, "lora_embedding"), (Slices, "lora_merged_linear")]
+    ("kind", "op"),
+    [(Tables, "lora_embedding"), (Slices, "lora_merged_linear"), (Dora, "dora_linear")],
 )
 def test_nothing_is_computed_twice(kind, op, device):
     model = kind().to(device)
@@ -240,11 +242,11 @@ def test_nothing_is_computed_twice(kind, op, device):
     assert f"fastlora.{op}.default" not in backward
 
 
-def test_dora_makes_its_norm_and_mask_with_the_kernel(device):
+def test_dora_makes_its_mask_with_the_kernel(device):
     model, x = Dora(0.3).to(device), torch.randn(5, 24, device=device)
     forward, backward = map(targets, graphs_of(model, x))
-    assert forward.count("fastlora.lora_shrink.default") == 2
-    assert forward.count("fastlora.lora_linear.default") == 1
+    assert forward.count("fastlora.lora_shrink.default") == 1
+    assert forward.count("fastlora.dora_linear.default") == 1
     assert "fastlora.lora_shrink.default" not in backward
 
 
@@ -309,6 +311,50 @@ def test_opcheck_of_the_merged_linear(device, wanted, dtype, p, as_tensor):
     opcheck(torch.ops.fastlora.lora_merged_linear_backward.default, args)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "adapter", "as_tensor"),
+    [
+        pytest.param(
+            ("x", "weight", "bias", "lora_A", "lora_B", "magnitude"), F32, F32, True, id="all"
+        ),
+        pytest.param(("lora_A", "lora_B", "magnitude"), F16, F32, False, id="adapters-fp16"),
+        pytest.param(("magnitude",), BF16, BF16, True, id="magnitude-bf16"),
+        pytest.param(("x",), F16, F16, False, id="x-fp16"),
+        pytest.param((), F32, F32, False, id="none"),
+    ],
+)
+def test_opcheck_of_dora(device, wanted, dtype, adapter, as_tensor):
+    M, K, N, R = 7, 24, 16, 3
+    shapes = {"x": (M, K), "weight": (N, K), "bias": (N,)}
+    made = {n: torch.randn(s, device=device).to(dtype) for n, s in shapes.items()}
+    shapes = {"lora_A": (R, K), "lora_B": (N, R), "magnitude": (N,)}
+    made |= {n: torch.randn(s, device=device).to(adapter) for n, s in shapes.items()}
+    for name in wanted:
+        made[name].requires_grad_()
+    scaling = torch.tensor(1.5, device=device) if as_tensor else None
+    keep_z = "magnitude" in wanted
+    args = (*made.values(), scaling, 1.5, keep_z)
+    opcheck(torch.ops.fastlora.dora_linear.default, args)
+    with torch.no_grad():
+        _, s, g, norm, z = torch.ops.fastlora.dora_linear.default(*args)
+    x, weight, _, lora_A, lora_B, magnitude = (t.detach() for t in made.values())
+    dy = torch.randn(M, N, device=device).to(dtype)
+    needs = [name in wanted for name in ("x", "weight", "lora_A", "lora_B")]
+    kept = z if keep_z else None
+    args = (dy, x, weight, lora_A, lora_B, magnitude, s, g, norm, kept, scaling, 1.5, *needs)
+    opcheck(torch.ops.fastlora.dora_linear_backward.default, args)
+
+
+def test_dora_without_z_has_no_gradient_of_the_magnitude(device):
+    tensors = torch.randn(2, 8), torch.randn(4, 8), torch.randn(3, 8), torch.randn(4, 3)
+    x, weight, a, b = (t.to(device) for t in tensors)
+    magnitude = torch.ones(4, device=device, requires_grad=True)
+    y, *_, z = ops_dora.dora_linear(x, weight, None, a, b, magnitude, None, 1.0, False)
+    assert z.numel() == 0
+    with pytest.raises(ValueError, match="keep_z must be True where magnitude requires a grad"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_opcheck_of_the_shrink(device, p):
     x, lora_A = torch.randn(5, 27, device=device).to(F16), torch.randn(3, 27, device=device)
@@ -341,6 +387,7 @@ def test_eager_calls_do_not_pay_for_the_ops(device, monkeypatch):
     monkeypatch.setattr(embedding, "ops_embedding", None)
     monkeypatch.setattr(merged_linear, "ops_merged", None)
     monkeypatch.setattr(ops_shrink, "shrink_op", None)
+    monkeypatch.setattr(dora, "ops_dora", None)
     for kind in (Tables, Slices, Dora):
         model = kind(0.2).to(device)
         step(model, model, draw(kind, 5, device=device))
