@@ -209,6 +209,16 @@ def multi_gemm_tma_config(
     return gemm_tma_config(M, N, itemsize, num_sms, 64 if masked_rank is None else masked_rank)
 
 
+def slots_at_once(width: int, block_r: int, itemsize: int, b_itemsize: int) -> int:
+    """Adapters that one product of `lora_multi_gemm` takes where a tile has several: 128 bytes of ranks.
+
+    fp32 adapters beside 16-bit x come one by one: their tile takes twice the registers.
+    """
+    if b_itemsize > itemsize:
+        return 1
+    return max(1, min(next_power_of_2(width), 128 // (block_r * itemsize)))
+
+
 def multi_gathers(M: int, K: int, R: int) -> bool:
     """Whether each row gathers its own B, even where rows share an adapter: ``M R / K`` of W's bytes."""
     return M <= 256 and M * R <= 4 * K

@@ -1,7 +1,7 @@
 """``y = x W^T + bias + s B[id]^T`` with each row's own adapter, forward and, for dx, backward.
 
-The rank product of a tile of rows goes through the adapters that occur in it, one after the other: rows of
-the others load as zeros. A tile whose rows share an adapter thus costs what it costs with a single one.
+The rank product of a tile of rows goes through the adapters that occur in it, a few at a time: rows of the
+others load as zeros. A tile whose rows share an adapter thus costs what it costs with a single one.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from .config import (
     multi_gemm_tma_config,
     next_power_of_2,
     rank_step,
+    slots_at_once,
 )
 from .dropout import load_keep
 from .launch import Launch, cached_plan
@@ -47,16 +48,54 @@ from .multi_add import can_keep_fp32
 
 
 @triton.jit
+def _add_slots(
+    acc, s_ptr, b_ptr, slots, ranks_ptr, ids, count, r, offs_m, offs_n, N, R,
+    stride_sm, stride_bl, stride_bn, stride_br,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``acc[m] + s[m] B[ids[m]]^T`` over BLOCK_R ranks of ``count`` slots, SLOTS of them in a product.
+
+    s and B are loaded to a multiple of 8 ranks, for a mask that changes inside of 16 bytes has each element
+    loaded alone: there s is 0, and what is in B, of an adapter that was there before, is dropped.
+    """
+    offs_k = tl.arange(0, SLOTS * BLOCK_R)
+    offs_r = r + offs_k % BLOCK_R
+    for j in tl.range(0, count, SLOTS, num_stages=3 if PRECISION == "tf32" else 1):
+        at = j + offs_k // BLOCK_R
+        slot = tl.load(slots + at, mask=at < count, other=0)  # [SLOTS * BLOCK_R]
+        # The pipeline keeps hints on arithmetic, not on a load.
+        held = tl.max_constancy(tl.maximum(slot, 0), [BLOCK_R])
+        near = (at < count) & (offs_r < R)
+        if ranks_ptr is not None:
+            ranks = tl.max_constancy(tl.maximum(rank_of(ranks_ptr, held, R), 0), [BLOCK_R])
+            near &= (offs_r // 8) * 8 < ranks
+        s = tl.load(
+            s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
+            mask=(ids[:, None] == held[None, :]) & near[None, :],
+            other=0.0,
+        )  # [BLOCK_M, SLOTS * BLOCK_R]
+        b = tl.load(
+            b_ptr + (held.to(tl.int64) * stride_bl + offs_r.to(tl.int64) * stride_br)[:, None]
+            + offs_n[None, :] * stride_bn,
+            mask=(offs_n[None, :] < N) & near[:, None],
+            other=0.0,
+        )  # [SLOTS * BLOCK_R, BLOCK_N]  # fmt: skip
+        if ranks_ptr is not None:
+            b = tl.where((offs_r < ranks)[:, None], b, 0.0)
+        acc = dot(s.to(DTYPE), b.to(DTYPE), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    return acc
+
+
+@triton.jit
 def _add_slot_products(
     acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
     stride_sm, stride_bl, stride_bn, stride_br,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``acc[m] + s[m] B[ids[m]]^T`` for one output tile, over the ``width`` slots that it may hold.
 
-    Ranks go to the highest in the tile. s and B are loaded to a multiple of 8 ranks, for a mask that changes
-    inside of 16 bytes has each element loaded alone: there s is 0, and what is in B, of an adapter that was
-    there before, is dropped.
+    Ranks go to the highest in the tile. A tile with a single adapter has a narrower product.
     """
     ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)  # [BLOCK_M]
     slots = slots_ptr + tile_m.to(tl.int64) * width
@@ -65,27 +104,16 @@ def _add_slot_products(
     count = tl.sum((held >= 0).to(tl.int32), axis=0)
     ranks = tl.where(held >= 0, rank_of(ranks_ptr, tl.maximum(held, 0), R), 0)
     for r in tl.range(0, tl.max(ranks, axis=0), BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        for j in tl.range(0, count, num_stages=3 if PRECISION == "tf32" else 1):
-            slot = tl.load(slots + j)
-            rank = rank_of(ranks_ptr, slot, R)
-            near = offs_r < R
-            if ranks_ptr is not None:
-                near &= (offs_r // 8) * 8 < rank
-            s = tl.load(
-                s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
-                mask=(ids == slot)[:, None] & near[None, :],
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_R]
-            b = tl.load(
-                b_ptr + slot.to(tl.int64) * stride_bl
-                + offs_n[None, :] * stride_bn + offs_r[:, None].to(tl.int64) * stride_br,
-                mask=(offs_n[None, :] < N) & near[:, None],
-                other=0.0,
-            )  # [BLOCK_R, BLOCK_N]  # fmt: skip
-            if ranks_ptr is not None:
-                b = tl.where(offs_r[:, None] < rank, b, 0.0)
-            acc = dot(s.to(DTYPE), b.to(DTYPE), acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if count == 1:
+            acc = _add_slots(
+                acc, s_ptr, b_ptr, slots, ranks_ptr, ids, count, r, offs_m, offs_n, N, R,
+                stride_sm, stride_bl, stride_bn, stride_br, DTYPE, PRECISION, 1, BLOCK_R,
+            )  # fmt: skip
+        else:
+            acc = _add_slots(
+                acc, s_ptr, b_ptr, slots, ranks_ptr, ids, count, r, offs_m, offs_n, N, R,
+                stride_sm, stride_bl, stride_bn, stride_br, DTYPE, PRECISION, SLOTS, BLOCK_R,
+            )  # fmt: skip
     return acc
 
 
@@ -96,7 +124,8 @@ def _lora_multi_gemm_tma_kernel(
     W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``y = keep * (s B[id]^T) + bias + x W^T`` by TMA. Grid: persistent, one program an SM.
 
@@ -117,7 +146,7 @@ def _lora_multi_gemm_tma_kernel(
         if HAS_DROPOUT:
             acc = _add_slot_products(
                 acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, WIDTH, BLOCK_R,
+                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, WIDTH, SLOTS, BLOCK_R,
             )  # fmt: skip
             _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
             drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
@@ -134,7 +163,7 @@ def _lora_multi_gemm_tma_kernel(
             wait_for_previous_kernel(PDL)
             acc = _add_slot_products(
                 acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, WIDTH, BLOCK_R,
+                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, WIDTH, SLOTS, BLOCK_R,
             )  # fmt: skip
         if HAS_BIAS:
             acc = add_bias(acc, bias_ptr, offs_n, N)
@@ -149,7 +178,7 @@ def _lora_multi_gemm_pointer_kernel(
     HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``y = keep * (s B[id]^T) + bias + x W^T`` for any strides. Grid: one program a tile of y.
 
@@ -164,7 +193,8 @@ def _lora_multi_gemm_pointer_kernel(
     if HAS_DROPOUT:
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-            stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, WIDTH, BLOCK_R,
+            stride_sm, stride_bl, stride_bn, stride_br,
+            y_ptr.dtype.element_ty, PRECISION, WIDTH, SLOTS, BLOCK_R,
         )  # fmt: skip
         _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
         drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
@@ -177,7 +207,8 @@ def _lora_multi_gemm_pointer_kernel(
     if not HAS_DROPOUT:
         acc = _add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
-            stride_sm, stride_bl, stride_bn, stride_br, y_ptr.dtype.element_ty, PRECISION, WIDTH, BLOCK_R,
+            stride_sm, stride_bl, stride_bn, stride_br,
+            y_ptr.dtype.element_ty, PRECISION, WIDTH, SLOTS, BLOCK_R,
         )  # fmt: skip
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, offs_n, N)
@@ -247,6 +278,7 @@ def _plan(
     w_stride: tuple[int, ...],
     b_shape: tuple[int, ...],
     b_stride: tuple[int, ...],
+    b_dtype: torch.dtype,
     s_stride: tuple[int, ...],
     device: torch.device,
     width: int,
@@ -262,6 +294,7 @@ def _plan(
         "HAS_BIAS": has_bias, "HAS_DROPOUT": has_dropout, "PRECISION": precision,
         "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
         "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M, "BLOCK_R": block_r, "WIDTH": next_power_of_2(width),
+"SLOTS": slots_at_once(width, block_r, dtype.itemsize, b_dtype.itemsize),
         "num_warps": c.num_warps, "num_stages": c.num_stages,
     }  # fmt: skip
     b_strides = strides(b_shape, b_stride)
@@ -312,7 +345,7 @@ def lora_multi_gemm(
     (kind, c), (ids, slots) = tiles, routing
     launch = _plan(
         kind, c, x.shape, x.stride(), x.dtype, weight.stride(), lora_B.shape, lora_B.stride(),
-        s.stride(), x.device, slots.shape[1], bias is not None, mask is not None,
+        lora_B.dtype, s.stride(), x.device, slots.shape[1], bias is not None, mask is not None,
         dot_precision(x.dtype, x.shape[1]),
     )  # fmt: skip
     y = torch.empty((x.shape[0], lora_B.shape[1]), dtype=x.dtype, device=x.device)
