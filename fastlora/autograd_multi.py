@@ -15,13 +15,11 @@ from torch import Tensor
 
 from fastlora.adapters import Routing
 from fastlora.autograd import refuse_graph_of_backward, waited_for
-from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import (
     MULTI_BLOCK_M,
     LaunchConfig,
     dropout_threshold,
     keep_scale,
-    multi_shrink_parts,
 )
 from fastlora.kernels.launch import Aside
 from fastlora.kernels.multi_add import frozen_product, lora_multi_add
@@ -29,6 +27,10 @@ from fastlora.kernels.multi_decode import lora_multi_decode
 from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
 from fastlora.kernels.multi_shrink import lora_multi_shrink
+from fastlora.kernels.multi_shrink_rows import lora_multi_shrink_rows
+
+FEW = ("decode", "add")
+"""The kinds of `multi_gemm_tiles` where each row gathers its own adapter."""
 
 
 def _blocks(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,8 +50,13 @@ def _product(
     mask: Tensor | None = None,
     aside: Aside | None = None,
 ) -> Tensor:
-    """``x W^T + bias + mask * (s B[l]^T)``; few rows have no mask. ``aside`` is where s is being made."""
+    """``x W^T + bias + mask * (s B[l]^T)``; few rows have no mask. ``aside`` is where s is being made.
+
+    s is ``[M, R]``, or for few rows ``[parts, M, R]``.
+    """
     kind, c = tiles
+    if kind in FEW and s.dim() == 2:
+        s = s[None]
     if c is None:
         product = frozen_product(x, weight)
         if aside is not None:
@@ -80,18 +87,18 @@ def fused_forward(
     without dropout. The gradient of lora_B is what needs s.
     """
     tiles = multi_gemm_tiles(x, weight, lora_A.shape[1])
-    in_parts = tiles[0] in ("decode", "add") and not need_s  # backward wants s as one tensor
-    num_sms = device_properties(x.device)[1]
-    blocks = _blocks(routing)
-    aside = Aside(x.device) if tiles[0] == "add" else None
-    with aside or contextlib.nullcontext():
-        s, mask = lora_multi_shrink(
-            x, lora_A, scaling, ranks, blocks, MULTI_BLOCK_M, dropout_p, seed,
-            parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
-            early=tiles[0] == "decode",
-        )  # fmt: skip
-    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias=bias, aside=aside)
-    return y, s[0] if need_s else None, mask
+    if tiles[0] in FEW and not need_s and dropout_threshold(dropout_p) == 0:  # serving
+        aside = Aside(x.device) if tiles[0] == "add" else None
+        with aside or contextlib.nullcontext():
+            s = lora_multi_shrink_rows(
+                x, lora_A, scaling, ranks, routing.ids, early=tiles[0] == "decode"
+            )
+        return _product(x, weight, s, lora_B, ranks, routing, tiles, bias, aside=aside), None, None
+    s, mask = lora_multi_shrink(
+        x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed
+    )
+    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias)
+    return y, s if need_s else None, mask
 
 
 def fused_backward(
@@ -131,7 +138,7 @@ def fused_backward(
         dx = _product(dy, turned, ds, lora_A.transpose(1, 2), ranks, routing, tiles, mask=mask)
     if need_a and ds is not None:
         da = lora_multi_grad(
-            x, ds[0], mask, ranks, (*rows, routing.segment_starts()), len(lora_A), lora_A.dtype
+            x, ds, mask, ranks, (*rows, routing.segment_starts()), len(lora_A), lora_A.dtype
         )
     if need_b:
         db = lora_multi_grad(

@@ -255,13 +255,10 @@ def multi_add_columns(N: int) -> int:
     return 256 if N <= 4096 else 512
 
 
-def multi_shrink_parts(M: int, K: int, num_sms: int) -> int:
-    """Into how many sums over K `lora_multi_shrink` is split for the gather, which adds them.
-
-    A block of rows has one program otherwise, which reads K alone; at most 8 parts of 512 at least.
-    """
-    blocks = cdiv(M, MULTI_BLOCK_M)
-    return max(1, min(8, K // 512, num_sms // blocks))
+def multi_shrink_rows_config(K: int, R: int, itemsize: int) -> tuple[int, int, int]:
+    """Ranks and columns of a step of `lora_multi_shrink_rows`, 16 KB of A, and parts of K, 8 at most."""
+    block_k = min(1024 // itemsize, max(16, next_power_of_2(max(1, K))))
+    return min(16, rank_block(R)), block_k, max(1, min(8, K // block_k))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def gather_rows(
         + offs_n[None, :, None] * stride_bn + offs_r[None, None, :].to(tl.int64) * stride_br,
         mask=inside & (((offs_r // 8) * 8)[None, None, :] < ranks[:, None, None]),
         other=0.0,
+        eviction_policy="evict_first",
     )  # [BLOCK_M, BLOCK_N, BLOCK_R]  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def lora_multi_add(
 
     Args:
         product (Tensor): fp32 ``[M, N]``, dense, as `frozen_product` gives it.
-        s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink` gives it.
+        s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink_rows` gives it.
         lora_B (Tensor): ``[L, N, R]``, any strides.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
         ids (Tensor): int32 ``[M]``, -1 for rows without an adapter.

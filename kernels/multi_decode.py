@@ -111,7 +111,7 @@ def lora_multi_decode(
     Args:
         x (Tensor): ``[M, K]``, any strides.
         weight (Tensor): ``[N, K]`` in the dtype of x, any strides.
-        s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink` gives it.
+        s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink_rows` gives it.
         lora_B (Tensor): ``[L, N, R]``, any strides.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
         ids (Tensor): int32 ``[M]``, -1 for rows without an adapter.

@@ -302,13 +302,13 @@ def _plan(
         pdl = has_pdl(device)
         return Launch(
             _lora_multi_gemm_tma_kernel, (min(num_sms, tiles),), device,
-            M, N, K, R, width, s_stride[1], *b_strides,
+            M, N, K, R, width, s_stride[0], *b_strides,
             boxes=gemm_boxes(c, nk=w_stride[1] == 1), W_IS_NK=w_stride[1] == 1,
             SUBTILES=c.SUBTILES, PDL=pdl, launch_pdl=pdl, **options,
         )  # fmt: skip
     return Launch(
         _lora_multi_gemm_pointer_kernel, (tiles,), device,
-        M, N, K, R, width, *strides(shape, stride), *strides((N, K), w_stride), s_stride[1],
+        M, N, K, R, width, *strides(shape, stride), *strides((N, K), w_stride), s_stride[0],
         *b_strides, **options,
     )  # fmt: skip
 
@@ -331,7 +331,7 @@ def lora_multi_gemm(
     Args:
         x (Tensor): ``[M, K]``, any strides.
         weight (Tensor): ``[N, K]`` in the dtype of x, any strides.
-        s (Tensor): ``[1, M, R]``, rows dense, as `lora_multi_shrink` gives it.
+        s (Tensor): ``[M, R]``, rows dense, as `lora_multi_shrink` gives it.
         lora_B (Tensor): ``[L, N, R]``, any strides, cast to the dtype of x for the product.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
         routing (tuple): ``ids [M]`` and the slots of tiles of BLOCK_M rows.

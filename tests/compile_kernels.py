@@ -195,6 +195,10 @@ def cases() -> list[Case]:
             Case("multi_shrink", arch, "tf32", dropout=True),
             Case("multi_shrink", arch, "ieee", R=64),
             Case("multi_shrink", arch, R=8, dropout=True, **odd),
+            Case("multi_shrink_rows", arch, M=64),
+            Case("multi_shrink_rows", arch, R=256, fp32_adapters=True, M=64),
+            Case("multi_shrink_rows", arch, "fp16", R=8, M=16),
+            Case("multi_shrink_rows", arch, "tf32", R=64, M=256),
             Case("multi_grad", arch, dropout=True),
             Case("multi_grad", arch, R=64, fp32_adapters=True),
             Case("multi_grad", arch, "fp16", R=64, dropout=True),
@@ -363,12 +367,12 @@ def multi_launches(
     if case.dropout:
         p, seed = 0.1, new((), dtype=torch.int64)
         mask = new((M, (K + 7) // 8), dtype=torch.uint8)
-    gemm, config = modules["multi_gemm"], modules["config"]
+    gemm = modules["multi_gemm"]
 
     def product(x: Tensor, weight: Tensor, right: Tensor, **options: Any) -> None:
         plan = gemm.multi_gemm_tiles(x, weight, R, case.dropout > 0)
-        parts = config.multi_shrink_parts(M, K, 132) if plan[0] in ("decode", "add") else 1
-        s = new((parts, M, R), dtype=dtype if parts == 1 else torch.float32)
+        few = plan[0] in ("decode", "add")
+        s = new((4, M, R) if few else (M, R), dtype=torch.float32 if few else dtype)
         if plan[1] is None:
             y = new(x.shape[0], weight.shape[0])
             modules["multi_add"].lora_multi_add(y, s, right, ranks, ids, dtype, **options)
@@ -384,7 +388,10 @@ def multi_launches(
 
     return {
         "multi_shrink": lambda: modules["multi_shrink"].lora_multi_shrink(
-            x, stack_a, scaling, ranks, rows, 16, p, seed, parts=4 if M <= 256 else 1
+            x, stack_a, scaling, ranks, rows, 16, p, seed
+        ),
+        "multi_shrink_rows": lambda: modules["multi_shrink_rows"].lora_multi_shrink_rows(
+            x, stack_a, scaling, ranks, ids
         ),
         "multi_forward": lambda: product(x, w, stack_b, bias=bias),
         "multi_grad_x": lambda: product(dy, w.t(), stack_a.transpose(1, 2), mask=mask),

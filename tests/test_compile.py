@@ -35,7 +35,7 @@ OPS = (
 )
 NO_PRODUCT = {
     *("_sum_splits_kernel", "_lora_multi_add_kernel", "_lora_embedding_grad_a_kernel"),
-    "_dora_grad_kernel",
+    *("_dora_grad_kernel", "_lora_multi_shrink_rows_kernel"),
 }
 ONE_STEP = {"_lora_merge_kernel"}
 

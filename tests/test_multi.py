@@ -382,3 +382,22 @@ def test_rows_that_gather_their_own_adapter(device, apart, with_bias, R):
     got = call()
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
     assert torch.equal(got, call())
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize(("K", "R"), [(1, 1), (137, 3), (1100, 16), (4200, 40)])
+def test_rows_that_read_their_own_adapter(device, dtype, K, R):
+    """s in parts of K; ranks past a row's own are NaN in A, and left alone in s."""
+    from fastlora.kernels.multi_shrink_rows import lora_multi_shrink_rows
+
+    M, ranks = 9, [R, (R + 1) // 2, 0]
+    x, lora_A = torch.randn(M, K, device=device).to(dtype), torch.randn(3, R, K, device=device)
+    lora_A[1, ranks[1] :] = lora_A[2] = float("nan")
+    ids, scaling = torch.arange(M, device=device).int() % 4 - 1, torch.rand(3, device=device)
+    held = torch.tensor(ranks, dtype=torch.int32, device=device)
+    s = lora_multi_shrink_rows(x, lora_A, scaling, held, ids)
+    for m, slot in enumerate(ids.tolist()):
+        r = 0 if slot < 0 else ranks[slot]
+        exact = scaling[slot].double() * (lora_A[slot, :r].double() @ x[m].double())
+        torch.testing.assert_close(s[:, m, :r].double().sum(0), exact, rtol=1e-4, atol=1e-4)
+        assert s[:, m, r:].isnan().all()  # allocated as NaN in these tests
