@@ -314,6 +314,7 @@ def test_models_agree_with_merged_weights() -> None:
     chosen, _ = choose(("model",), None, CPU, slow=False)
     cases: list[Case] = [
         ModelCase("finetune", "finetune", p=0.1, layers=2),
+        ModelCase("finetune", "finetune", p=0.1, layers=2, checkpointing=True),
         ModelCase("generate", "generate", batch=4, adapters=3),
     ]
     checked = check_cases(cases, chosen, CPU)

@@ -182,6 +182,8 @@ class ModelCase:
     """0: as many as fit into the GPU's memory for every provider."""
     adapters: int = 1
     new_tokens: int = 16
+    checkpointing: bool = False
+    """Whether each decoder layer keeps its input alone and runs again in the backward."""
     tiny: bool = False
 
     suite: ClassVar[str] = "model"
@@ -194,6 +196,8 @@ class ModelCase:
             parts.append(f"{self.layers}layers")
         if self.kind == "generate":
             parts.append(f"{self.adapters}adapters")
+        if self.checkpointing:
+            parts.append("checkpointing")
         return f"model/{self.tag}/" + "/".join(parts)
 
     @property
@@ -206,7 +210,8 @@ class ModelCase:
                 f"{self.adapters} adapters, r={self.R}"
             )
         what = "one decoder layer" if self.kind == "layer" else "training step"
-        return f"{label}: {what}, {self.batch} x {self.length} tokens, r={self.R}, p={self.p:g}"
+        more = ", checkpointing" if self.checkpointing else ""
+        return f"{label}: {what}, {self.batch} x {self.length} tokens, r={self.R}, p={self.p:g}{more}"
 
     @property
     def tokens(self) -> int:
@@ -291,7 +296,8 @@ def _model_cases() -> list[ModelCase]:
         ModelCase("layer", "layer", layers=1),
         ModelCase("layer", "layer", layers=1, p=0.1),
         ModelCase("finetune", "finetune"),
-        ModelCase("finetune", "finetune", p=0.1),
+        ModelCase("finetune", "finetune", p=0.05),
+        ModelCase("finetune", "finetune", p=0.05, checkpointing=True),
         ModelCase("generate", "generate", batch=16, length=128, adapters=16, layers=4),
         ModelCase("generate", "generate", batch=64, length=128, adapters=64, layers=4),
     ]

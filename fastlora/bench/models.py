@@ -108,6 +108,8 @@ def build_llama(case: ModelCase, layers: int, device: torch.device, dtype: torch
     with _default_dtype(dtype), torch.device(device):
         model: Any = LlamaForCausalLM(config)
     model = model.to(device=device, dtype=dtype)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.requires_grad_(False).train(case.kind != "generate")
 
 
