@@ -60,7 +60,7 @@ def _add_slots(
     """
     offs_k = tl.arange(0, SLOTS * BLOCK_R)
     offs_r = r + offs_k % BLOCK_R
-    for j in tl.range(0, count, SLOTS, num_stages=3 if PRECISION == "tf32" else 1):
+    for j in tl.range(0, count, SLOTS, num_stages=5 if PRECISION == "tf32" else 1):
         at = j + offs_k // BLOCK_R
         slot = tl.load(slots + at, mask=at < count, other=0)  # [SLOTS * BLOCK_R]
         # The pipeline keeps hints on arithmetic, not on a load.
