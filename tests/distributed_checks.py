@@ -1,4 +1,7 @@
-"""Run by test_distributed.py in each of two gloo processes: what they compute against one process."""
+"""What two processes compute against one. test_distributed.py runs it with gloo on the CPU.
+
+On two GPUs with NCCL: ``torchrun --nproc-per-node 2 tests/distributed_checks.py FOLDER --nccl``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import contextlib
 import copy
 import datetime
 import inspect
+import os
 import traceback
 from pathlib import Path
 
@@ -40,6 +44,10 @@ FSDP2_RUNS = hasattr(torch.cpu.Stream, "record_event")
 FULL = StateDictOptions(full_state_dict=True)
 
 
+def device_type():
+    return torch.get_default_device().type
+
+
 class Block(nn.Module):
     def __init__(self, dtype):
         super().__init__()
@@ -62,8 +70,9 @@ def make_model(dtype=torch.float64, dropout=0.0, seed=0, blocks=2, **options):
 
 
 def make_batches(dtype=torch.float64, rows=8, steps=STEPS):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(rows, 6, WIDTH, generator=generator).to(dtype) for _ in range(steps)]
+    generator = torch.Generator("cpu").manual_seed(1)
+    drawn = [torch.randn(rows, 6, WIDTH, generator=generator, device="cpu") for _ in range(steps)]
+    return [x.to(torch.get_default_device(), dtype) for x in drawn]
 
 
 def kernels_path():
@@ -221,7 +230,7 @@ def ddp_through_the_trainer(folder):
         max_grad_norm=0.0,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=device_type() == "cpu",
         disable_tqdm=True,
     )
     trainer = InOrder(
@@ -399,7 +408,7 @@ PLAN = {"*.up": ColwiseLoRA(), "*.down": RowwiseLoRA()}
 
 
 def mesh_of_two():
-    return init_device_mesh("cpu", (2,))
+    return init_device_mesh(device_type(), (2,))
 
 
 def parallel(model, plan=None):
@@ -606,7 +615,7 @@ def tp_takes_the_values_of_rank_0(folder):
 
 
 def tp_under_fsdp2(folder):
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(device_type(), (1, 2), mesh_dim_names=("dp", "tp"))
 
     def both(model):
         return shard(parallelize_module(model, mesh["tp"], PLAN), mesh=mesh["dp"])
@@ -643,7 +652,7 @@ def tp_names_what_is_wrong(folder):
         parallel(odd, {"0": ColwiseLoRA()})
     with raises(TypeError, "weight is a DTensor already"):
         parallel(shard(make_model()))
-    square = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    square = init_device_mesh(device_type(), (1, 2), mesh_dim_names=("dp", "tp"))
     with raises((ValueError, RuntimeError), "mesh"):
         parallelize_module(make_model(), square, PLAN)
 
@@ -781,11 +790,18 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, help="for the files that checks write; of both ranks")
     parser.add_argument("-k", default="", help="only the checks whose name contains this")
+    parser.add_argument("--nccl", action="store_true", help="on GPUs")
     args = parser.parse_args()
     torch.set_num_threads(1)
     # RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them. A rank that fails leaves
     # the other waiting, which then fails too instead of hanging.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    limit = datetime.timedelta(seconds=60)
+    if args.nccl:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.set_default_device("cuda")
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit)
+    else:
+        dist.init_process_group("gloo", timeout=limit)
     for check in CHECKS:
         if args.k not in check.__name__:
             continue
