@@ -346,7 +346,7 @@ def test_grad_x_beside_another_kernel(device, variant, dtype, M, K, N, R, p):
     assert_rounded(dx, lora_grad_x(dy, w, ds, a, mask).double(), dtype, depth=N + R)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7])
+@pytest.mark.parametrize("splits", [1, 2, 7, 100])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 85), (16, 16), (257, 3)], ids=str)
 def test_sum_splits(device, dtype, splits, shape):
     parts = torch.randn(splits, *shape, device=device)
