@@ -8,19 +8,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import has_pdl, let_next_kernel_start, load_scaling
-from .config import cdiv
+from .config import cdiv, next_power_of_2
 from .launch import Launch, cached_plan
 
 
 @triton.jit
-def _sum_block(parts_ptr, out_ptr, block, factor, size, splits, BLOCK: tl.constexpr):
-    """``out[i] = factor * sum_j parts[j, i]`` for one block of i."""
+def _sum_block(
+    parts_ptr, out_ptr, block, factor, size, splits,
+    BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out[i] = factor * sum_j parts[j, i]`` for one block of i, BLOCK_J of the j at once."""
     offs = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for j in range(0, splits):
-        part = tl.cast(j, tl.int64) * size
-        acc += tl.load(parts_ptr + part + offs, mask=offs < size, other=0.0)
-    tl.store(out_ptr + offs, (acc * factor).to(out_ptr.dtype.element_ty), mask=offs < size)
+    offs_j = tl.arange(0, BLOCK_J).to(tl.int64)
+    acc = tl.zeros((BLOCK_J, BLOCK), dtype=tl.float32)
+    for j in range(0, splits, BLOCK_J):
+        acc += tl.load(
+            parts_ptr + (j + offs_j)[:, None] * size + offs[None, :],
+            mask=(j + offs_j[:, None] < splits) & (offs[None, :] < size),
+            other=0.0,
+        )  # [BLOCK_J, BLOCK]
+    total = tl.sum(acc, 0) * factor
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=offs < size)
 
 
 @triton.jit
@@ -28,7 +36,7 @@ def _sum_splits_kernel(
     parts_ptr, out_ptr, other_parts_ptr, other_out_ptr, scaling, factor,
     size, splits, other_size, other_splits,
     SCALING_IS_TENSOR: tl.constexpr, HAS_OTHER: tl.constexpr, PDL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum one stack of partials, with a factor, and another one without. Grid: their blocks in turn."""
     let_next_kernel_start(PDL)
@@ -36,11 +44,12 @@ def _sum_splits_kernel(
     if HAS_OTHER:  # noqa: SIM102 - decided when compiling, so it stands alone
         if block >= blocks:
             _sum_block(
-                other_parts_ptr, other_out_ptr, block - blocks, 1.0, other_size, other_splits, BLOCK
-            )
+                other_parts_ptr, other_out_ptr, block - blocks, 1.0, other_size, other_splits,
+                BLOCK_J, BLOCK,
+            )  # fmt: skip
     if block < blocks:
         factor *= load_scaling(scaling, SCALING_IS_TENSOR)
-        _sum_block(parts_ptr, out_ptr, block, factor, size, splits, BLOCK)
+        _sum_block(parts_ptr, out_ptr, block, factor, size, splits, BLOCK_J, BLOCK)
 
 
 @cached_plan
@@ -52,12 +61,14 @@ def _plan(
     scaling_is_tensor: bool,
     device: torch.device,
 ) -> Launch:
-    block = 256
+    # Many splits are summed side by side: one by one, each would wait for its own load.
+    block_j = min(32, next_power_of_2(max(splits, other_splits)))
+    block = min(256, 2048 // block_j)
     return Launch(
         _sum_splits_kernel, (cdiv(size, block) + cdiv(other_size, block),), device,
         size, splits, other_size, other_splits,
         SCALING_IS_TENSOR=scaling_is_tensor, HAS_OTHER=other_size > 0,
-        PDL=has_pdl(device), BLOCK=block, num_warps=4,
+        PDL=has_pdl(device), BLOCK_J=block_j, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 

@@ -71,6 +71,14 @@ def assert_fused(values):
     assert decision.fused, str(decision)
 
 
+def one_rounding(values, dy):
+    """The error of dA where each dz is off by half a unit, at random: large terms may make a small ds."""
+    v = {n: t.double() for n, t in values.items()}
+    dz = dy.double() * v["magnitude"] / dora_norm(v["weight"], v["lora_A"], v["lora_B"], 1.5)
+    ds = 1.5 * torch.finfo(dy.dtype).eps / 2 * (dz.square() @ v["lora_B"].square()).sqrt()  # [M, R]
+    return (ds.square().t() @ v["x"].square()).sqrt()  # [R, K]
+
+
 def check(values, dy, oracle, wanted=NAMES):
     """The kernels run, and y and every gradient are as exact as PEFT's arithmetic in the same dtype."""
     assert_fused(values)
@@ -78,9 +86,13 @@ def check(values, dy, oracle, wanted=NAMES):
     truth = run(reference.dora_linear, double, dy.double(), wanted, scaling=1.5)
     baseline = run(plain, values, dy, wanted, scaling=1.5)
     got = run(dora_linear, values, dy, wanted, scaling=1.5)
+    one_number = values["lora_A"].shape[0] == dy.shape[0] == 1  # ds
     for name in truth:
         assert got[name].dtype == (dy if name == "y" else values[name]).dtype
-        oracle.assert_close(got[name], baseline[name], truth[name], values["x"].dtype, name)
+        chance = one_rounding(values, dy) if one_number and name == "lora_A" else None
+        oracle.assert_close(
+            got[name], baseline[name], truth[name], values["x"].dtype, name, chance=chance
+        )
     return got
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastlora import reference
-from fastlora.kernels.config import cdiv, dropout_threshold, keep_scale
+from fastlora.kernels.config import cdiv, dora_grad_shrinks, dropout_threshold, keep_scale
 from fastlora.kernels.dora_grad import dora_grad
+from fastlora.kernels.dora_grad_shrink import dora_grad_shrink
 from fastlora.kernels.dora_norm import dora_norm
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
@@ -273,6 +274,32 @@ def test_dora_grad(device, dtype, M, K, N, R):
 
 
 @EACH_SHAPE
+def test_dora_grad_shrink(device, dtype, M, K, N, R):
+    if not dora_grad_shrinks(1 << 20, R, dtype.itemsize, 1):
+        pytest.skip("ds has a pass of its own")
+    dy, z = randn(device, dtype, M, N), randn(device, dtype, M, N)
+    # The interpreter truncates where it casts to bf16: fp32 B holds what dtype can here.
+    b = randn(device, dtype, N, R, scale=R**-0.5)
+    g, norm = torch.randn(N, device=device), torch.rand(N, device=device) + 0.1
+    g[0] = 0
+    scaling = torch.tensor(1.5, device=device)
+    for given in (dy, dy.t().contiguous().t(), dy[:1, :1].expand(M, N)):
+        dz = dora_grad(given, None, g, norm, torch.float32)[0]
+        expected = 1.5 * dz.double() @ b.double()
+        expected_m = (given.double() * z.double()).sum(0) / norm
+        runs = [
+            dora_grad_shrink(given, z, g, norm, right, factor, torch.float32)
+            for right, factor in ((b, 1.5), (b.float(), scaling), (b.t().contiguous().t(), 1.5))
+        ]
+        for got in runs:
+            assert torch.equal(got[0], dz)
+            assert_rounded(got[1], expected_m, torch.float32, depth=M, products=False)
+            assert_rounded(got[2], expected, dtype, depth=N)
+            assert got[2].stride(0) * dtype.itemsize % 16 == 0
+            assert all(torch.equal(a, b) for a, b in zip(got, runs[0], strict=True))
+
+
+@EACH_SHAPE
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_grad_x(device, variant, launched, dtype, M, K, N, R, p):
     dy, w = randn(device, dtype, M, N), randn(device, dtype, N, K, scale=N**-0.5)
@@ -346,7 +373,7 @@ def test_grad_x_beside_another_kernel(device, variant, dtype, M, K, N, R, p):
     assert_rounded(dx, lora_grad_x(dy, w, ds, a, mask).double(), dtype, depth=N + R)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7])
+@pytest.mark.parametrize("splits", [1, 2, 7, 100])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 85), (16, 16), (257, 3)], ids=str)
 def test_sum_splits(device, dtype, splits, shape):
     parts = torch.randn(splits, *shape, device=device)
