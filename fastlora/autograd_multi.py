@@ -58,10 +58,10 @@ def _product(
     if kind in FEW and s.dim() == 2:
         s = s[None]
     if c is None:
-        product = frozen_product(x, weight)
+        product, rows = frozen_product(x, weight), (routing.order, routing.sorted_ids)
         if aside is not None:
             aside.join()
-        return lora_multi_add(product, s, lora_B, ranks, routing.ids, x.dtype, bias)
+        return lora_multi_add(product, s, lora_B, ranks, rows, x.dtype, bias)
     if kind == "decode":
         return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, c, bias)
     slots = (routing.ids, routing.tile_slots(c.BLOCK_M))
@@ -91,7 +91,7 @@ def fused_forward(
         aside = Aside(x.device) if tiles[0] == "add" else None
         with aside or contextlib.nullcontext():
             s = lora_multi_shrink_rows(
-                x, lora_A, scaling, ranks, routing.ids, early=tiles[0] == "decode"
+                x, lora_A, scaling, ranks, (routing.order, routing.sorted_ids), tiles[0] == "decode"
             )
         return _product(x, weight, s, lora_B, ranks, routing, tiles, bias, aside=aside), None, None
     s, mask = lora_multi_shrink(

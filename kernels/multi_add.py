@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import adapters_of_rows, add_bias, strides
-from .config import cdiv, multi_add_columns, rows_ranks
+from .config import MULTI_ADD_COLUMNS, cdiv, rows_ranks
 from .launch import Launch, cached_plan
 
 
@@ -50,17 +50,21 @@ def update_of_rows(
 
 @triton.jit
 def _lora_multi_add_kernel(
-    product_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, ids_ptr, ranks_ptr,
+    product_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, order_ptr, sorted_ids_ptr, ranks_ptr,
     M, N, R, stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
     HAS_BIAS: tl.constexpr, S_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``y[m] = product[m] + bias + s[m] B[ids[m]]^T``. Grid: ``(rows, blocks of columns)``."""
-    offs_m = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    """``y[m] = product[m] + bias + s[m] B[l]^T``, l the row's adapter; rows of one adapter come together.
+
+    Grid: ``(rows, blocks of columns)``.
+    """
+    place = tl.program_id(0) + tl.arange(0, 1)
+    offs_m = tl.load(order_ptr + place).to(tl.int64)  # [1]
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = offs_n[None, :] < N
     tile = offs_m[:, None] * N + offs_n[None, :]
-    slots, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
+    slots, ranks = adapters_of_rows(sorted_ids_ptr, ranks_ptr, place, M, R)
     b = gather_rows(b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, BLOCK_R)
     acc = tl.load(product_ptr + tile, mask=inside, other=0.0).to(tl.float32)  # [1, BLOCK_N]
     acc += update_of_rows(b, s_ptr, ranks, offs_m, 0, stride_sp, stride_sm, S_PARTS, BLOCK_R)
@@ -87,7 +91,7 @@ def _plan(
     has_ranks: bool,
 ) -> Launch:
     (parts, M, R), N = s_shape, b_shape[1]
-    block_n = multi_add_columns(N)
+    block_n = MULTI_ADD_COLUMNS
     return Launch(
         _lora_multi_add_kernel, (M, cdiv(N, block_n)), device,
         M, N, R, *s_stride[:2], *strides(b_shape, b_stride),
@@ -116,7 +120,7 @@ def lora_multi_add(
     s: Tensor,
     lora_B: Tensor,
     ranks: Tensor | None,
-    ids: Tensor,
+    routing: tuple[Tensor, Tensor],
     dtype: torch.dtype,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -129,7 +133,7 @@ def lora_multi_add(
         s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink_rows` gives it.
         lora_B (Tensor): ``[L, N, R]``, any strides.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
-        ids (Tensor): int32 ``[M]``, -1 for rows without an adapter.
+        routing (tuple): ``order [M]`` and ``sorted_ids [M]``, -1 for rows without an adapter.
         dtype (torch.dtype): of y.
         bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
 
@@ -141,5 +145,5 @@ def lora_multi_add(
         (dtype, None if bias is None else bias.dtype), s.device, ranks is not None,
     )  # fmt: skip
     y = torch.empty(product.shape, dtype=dtype, device=product.device)
-    launch(product, y, s, lora_B, bias, ids, ranks)
+    launch(product, y, s, lora_B, bias, *routing, ranks)
     return y

@@ -22,21 +22,21 @@ from .launch import Launch, cached_plan
 
 @triton.jit
 def _lora_multi_shrink_rows_kernel(
-    x_ptr, a_ptr, s_ptr, ids_ptr, scaling_ptr, ranks_ptr, M, K, R, split_k,
+    x_ptr, a_ptr, s_ptr, order_ptr, sorted_ids_ptr, scaling_ptr, ranks_ptr, M, K, R, split_k,
     stride_xm, stride_xk, stride_al, stride_ar, stride_ak, stride_sp, stride_sm,
     PDL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``s[p, m, r] = scaling[l] * sum_k x[m, k] A[l, r, k]`` over the p-th part of K, l the row's adapter.
 
     Grid: ``(rows, blocks of ranks, parts of K)``. Without tensor cores: the work is that of reading A, once
-    a row. A does not stay in L2, where it would take the place of W.
+    a row. A does not stay in L2, where it would take the place of W; rows of one adapter come together.
     """
     wait_for_previous_kernel(
         PDL
     )  # the next kernel reads what it makes, and waits for this one alone
     let_next_kernel_start(PDL)
-    m = tl.program_id(0).to(tl.int64)
-    slot = tl.load(ids_ptr + m).to(tl.int64)
+    m = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
+    slot = tl.load(sorted_ids_ptr + tl.program_id(0)).to(tl.int64)
     if slot >= 0:
         rank = rank_of(ranks_ptr, slot, R)
         offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -93,7 +93,7 @@ def lora_multi_shrink_rows(
     lora_A: Tensor,
     scaling: Tensor,
     ranks: Tensor | None,
-    ids: Tensor,
+    routing: tuple[Tensor, Tensor],
     early: bool = False,
 ) -> Tensor:
     """``s = scaling[l] * x A[l]^T`` in parts of K; l is each row's adapter.
@@ -103,7 +103,7 @@ def lora_multi_shrink_rows(
         lora_A (Tensor): ``[L, R, K]``, any strides.
         scaling (Tensor): fp32 ``[L]``.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
-        ids (Tensor): int32 ``[M]``, -1 for rows without an adapter.
+        routing (tuple): ``order [M]`` and ``sorted_ids [M]``, -1 for rows without an adapter.
         early (bool): come onto the GPU while the kernel before still runs. Default: ``False``.
 
     Returns:
@@ -116,5 +116,5 @@ def lora_multi_shrink_rows(
         ranks is not None, early,
     )  # fmt: skip
     s = empty_rows(parts * M, R, torch.float32, x.device)
-    launch(x, lora_A, s, ids, scaling, ranks)
+    launch(x, lora_A, s, *routing, scaling, ranks)
     return s.view(parts, M, R)

@@ -384,7 +384,7 @@ def multi_launches(
         s = new((4, M, R) if few else (M, R), dtype=torch.float32 if few else dtype)
         if plan[1] is None:
             y = new(x.shape[0], weight.shape[0])
-            modules["multi_add"].lora_multi_add(y, s, right, ranks, ids, dtype, **options)
+            modules["multi_add"].lora_multi_add(y, s, right, ranks, rows[:2], dtype, **options)
             return
         if plan[0] == "decode":
             modules["multi_decode"].lora_multi_decode(
@@ -400,7 +400,7 @@ def multi_launches(
             x, stack_a, scaling, ranks, rows, 16, p, seed
         ),
         "multi_shrink_rows": lambda: modules["multi_shrink_rows"].lora_multi_shrink_rows(
-            x, stack_a, scaling, ranks, ids
+            x, stack_a, scaling, ranks, rows[:2]
         ),
         "multi_forward": lambda: product(x, w, stack_b, bias=bias),
         "multi_grad_x": lambda: product(dy, w.t(), stack_a.transpose(1, 2), mask=mask),

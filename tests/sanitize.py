@@ -83,6 +83,12 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=DEVICE).div_(shape[-1] ** 0.5).to(dtype)
 
 
+def by_adapter(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows by their adapter, and their sorted ids."""
+    sorted_ids, order = torch.sort(ids, stable=True)
+    return order.int(), sorted_ids
+
+
 def step(call: Callable[[], Tensor], *leaves: Tensor) -> None:
     """Forward and backward; all of it must be finite."""
     for t in leaves:
@@ -131,7 +137,7 @@ def calls(
                 where = ids[:rows].int()
                 lora_multi_decode(few[:rows], wide, s, stack[1], None, where, c, bias)
                 product = draw(rows, N, dtype=torch.float32)
-                lora_multi_add(product, s, stack[1], None, where, dtype, bias)
+                lora_multi_add(product, s, stack[1], None, by_adapter(where), dtype, bias)
 
     def merged() -> None:
         step(

@@ -211,7 +211,9 @@ class ModelCase:
             )
         what = "one decoder layer" if self.kind == "layer" else "training step"
         more = ", checkpointing" if self.checkpointing else ""
-        return f"{label}: {what}, {self.batch} x {self.length} tokens, r={self.R}, p={self.p:g}{more}"
+        return (
+            f"{label}: {what}, {self.batch} x {self.length} tokens, r={self.R}, p={self.p:g}{more}"
+        )
 
     @property
     def tokens(self) -> int:

@@ -27,8 +27,9 @@ Call = Callable[[int], object]
 EAGER, GRAPH = "eager", "graph"
 
 WARM_UP = 3
-SAMPLE_MS = 4.0
-"""A sample holds as many calls as fill about this time: an event resolves half a microsecond."""
+EAGER_SAMPLE_MS, GRAPH_SAMPLE_MS = 16.0, 4.0
+"""A sample holds as many calls as fill about this time: an event resolves half a microsecond, and an eager
+sample begins on an idle GPU, which waits for the host once where a program that goes on does not."""
 MAX_EAGER_CALLS, MAX_GRAPH_CALLS = 50, 128
 
 # The GPU spins this many cycles before a replay is timed, while the host launches the graph: some 0.3 ms.
@@ -257,9 +258,9 @@ def place(error: BaseException) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
 
 
-def calls_for(ms: float, most: int, multiple: int = 1) -> int:
+def calls_for(ms: float, most: int, multiple: int = 1, sample_ms: float = GRAPH_SAMPLE_MS) -> int:
     """How many calls of ``ms`` make a sample: a multiple of ``multiple``, at most about ``most``."""
-    wanted = math.ceil(SAMPLE_MS / ms) if ms > 0 else most
+    wanted = math.ceil(sample_ms / ms) if ms > 0 else most
     groups = max(1, min(math.ceil(wanted / multiple), most // multiple))
     return groups * multiple
 

@@ -14,6 +14,7 @@ import torch
 from fastlora.bench.cases import Case, ModelCase
 from fastlora.bench.clock import (
     EAGER,
+    EAGER_SAMPLE_MS,
     MAX_EAGER_CALLS,
     MAX_GRAPH_CALLS,
     Call,
@@ -251,7 +252,9 @@ class Runner:
             try:
                 ms = estimate_ms(self.clock, call)
                 if schedule == EAGER:
-                    counts[contender.name] = calls_for(ms, MAX_EAGER_CALLS)
+                    counts[contender.name] = calls_for(
+                        ms, MAX_EAGER_CALLS, sample_ms=EAGER_SAMPLE_MS
+                    )
                     result.peak_bytes = self.clock.peak_bytes(call)
                 else:
                     graphs[contender.name] = self._capture(workload, contender, mode, ms, result)
