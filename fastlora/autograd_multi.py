@@ -15,11 +15,14 @@ from torch import Tensor
 
 from fastlora.adapters import Routing
 from fastlora.autograd import refuse_graph_of_backward, waited_for
+from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import (
     MULTI_BLOCK_M,
     LaunchConfig,
     dropout_threshold,
     keep_scale,
+    multi_reads_rows,
+    multi_shrink_parts,
 )
 from fastlora.kernels.launch import Aside
 from fastlora.kernels.multi_add import frozen_product, lora_multi_add
@@ -52,11 +55,9 @@ def _product(
 ) -> Tensor:
     """``x W^T + bias + mask * (s B[l]^T)``; few rows have no mask. ``aside`` is where s is being made.
 
-    s is ``[M, R]``, or for few rows ``[parts, M, R]``.
+    s is ``[parts, M, R]``; only few rows have more than one part.
     """
     kind, c = tiles
-    if kind in FEW and s.dim() == 2:
-        s = s[None]
     if c is None:
         product, rows = frozen_product(x, weight), (routing.order, routing.sorted_ids)
         if aside is not None:
@@ -65,7 +66,7 @@ def _product(
     if kind == "decode":
         return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, c, bias)
     slots = (routing.ids, routing.tile_slots(c.BLOCK_M))
-    return lora_multi_gemm(x, weight, s, lora_B, ranks, slots, (kind, c), bias, mask)
+    return lora_multi_gemm(x, weight, s[0], lora_B, ranks, slots, (kind, c), bias, mask)
 
 
 def fused_forward(
@@ -87,18 +88,22 @@ def fused_forward(
     without dropout. The gradient of lora_B is what needs s.
     """
     tiles = multi_gemm_tiles(x, weight, lora_A.shape[1])
-    if tiles[0] in FEW and not need_s and dropout_threshold(dropout_p) == 0:  # serving
-        aside = Aside(x.device) if tiles[0] == "add" else None
-        with aside or contextlib.nullcontext():
-            s = lora_multi_shrink_rows(
-                x, lora_A, scaling, ranks, (routing.order, routing.sorted_ids), tiles[0] == "decode"
-            )
-        return _product(x, weight, s, lora_B, ranks, routing, tiles, bias, aside=aside), None, None
-    s, mask = lora_multi_shrink(
-        x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed
-    )
-    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias)
-    return y, s if need_s else None, mask
+    in_parts = tiles[0] in FEW and not need_s  # backward wants s as one tensor
+    aside = Aside(x.device) if tiles[0] == "add" else None
+    mask = None
+    with aside or contextlib.nullcontext():
+        if in_parts and dropout_threshold(dropout_p) == 0 and multi_reads_rows(x.shape[0]):
+            by_adapter = (routing.order, routing.sorted_ids)
+            s = lora_multi_shrink_rows(x, lora_A, scaling, ranks, by_adapter)
+        else:
+            num_sms = device_properties(x.device)[1]
+            s, mask = lora_multi_shrink(
+                x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed,
+                parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
+                early=tiles[0] == "decode",
+            )  # fmt: skip
+    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias, aside=aside)
+    return y, s[0] if need_s else None, mask
 
 
 def fused_backward(
@@ -138,7 +143,7 @@ def fused_backward(
         dx = _product(dy, turned, ds, lora_A.transpose(1, 2), ranks, routing, tiles, mask=mask)
     if need_a and ds is not None:
         da = lora_multi_grad(
-            x, ds, mask, ranks, (*rows, routing.segment_starts()), len(lora_A), lora_A.dtype
+            x, ds[0], mask, ranks, (*rows, routing.segment_starts()), len(lora_A), lora_A.dtype
         )
     if need_b:
         db = lora_multi_grad(

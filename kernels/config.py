@@ -254,6 +254,25 @@ MULTI_ADD_COLUMNS = 512
 """Columns of y of a program of `lora_multi_add`: 3.4 us for 64 rows, r = 16, N = 4096; 4.1 us with 256."""
 
 
+def multi_shrink_parts(M: int, K: int, num_sms: int) -> int:
+    """Into how many sums over K `lora_multi_shrink` is split for the gather, which adds them.
+
+    A block of rows has one program otherwise, which reads K alone; at most 8 parts of 512 at least.
+    """
+    blocks = cdiv(M, MULTI_BLOCK_M)
+    return max(1, min(8, K // 512, num_sms // blocks))
+
+
+def multi_reads_rows(M: int) -> bool:
+    """Whether each row reads its own A too, and adapters pass through L2 without staying.
+
+    us with 64 rows, 64 adapters: rank 16, 4096 -> 4096: 21.5, where a block for each adapter and adapters
+    that stay take 26.7; -> 14336: 63 and 64.5; rank 64: 41 and 44. With 256 rows, of which four share an
+    adapter: 40.5 and 35.4. With 16 rows, where everything fits into L2: 16.4 and 11.2.
+    """
+    return 16 < M <= 64
+
+
 def multi_shrink_rows_config(K: int, R: int, itemsize: int) -> tuple[int, int, int]:
     """Ranks and columns of a step of `lora_multi_shrink_rows`, 16 KB of A, and parts of K, 8 at most."""
     block_k = min(1024 // itemsize, max(16, next_power_of_2(max(1, K))))

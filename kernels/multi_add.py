@@ -10,13 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import adapters_of_rows, add_bias, strides
-from .config import MULTI_ADD_COLUMNS, cdiv, rows_ranks
+from .config import MULTI_ADD_COLUMNS, cdiv, multi_reads_rows, rows_ranks
 from .launch import Launch, cached_plan
 
 
 @triton.jit
 def gather_rows(
-    b_ptr, slots, ranks, offs_n, start_r, N, R, stride_bl, stride_bn, stride_br, BLOCK_R: tl.constexpr
+    b_ptr, slots, ranks, offs_n, start_r, N, R, stride_bl, stride_bn, stride_br,
+    EVICTION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``B[l, n, r]`` of each row's adapter l, as far as its rank rounded up to 8; nothing past that is read.
 
@@ -29,7 +30,7 @@ def gather_rows(
         + offs_n[None, :, None] * stride_bn + offs_r[None, None, :].to(tl.int64) * stride_br,
         mask=inside & (((offs_r // 8) * 8)[None, None, :] < ranks[:, None, None]),
         other=0.0,
-        eviction_policy="evict_first",
+        eviction_policy=EVICTION,
     )  # [BLOCK_M, BLOCK_N, BLOCK_R]  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def update_of_rows(
 def _lora_multi_add_kernel(
     product_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, order_ptr, sorted_ids_ptr, ranks_ptr,
     M, N, R, stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, S_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, S_PARTS: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``y[m] = product[m] + bias + s[m] B[l]^T``, l the row's adapter; rows of one adapter come together.
@@ -65,12 +66,14 @@ def _lora_multi_add_kernel(
     inside = offs_n[None, :] < N
     tile = offs_m[:, None] * N + offs_n[None, :]
     slots, ranks = adapters_of_rows(sorted_ids_ptr, ranks_ptr, place, M, R)
-    b = gather_rows(b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, BLOCK_R)
+    b = gather_rows(
+        b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, EVICTION, BLOCK_R
+    )
     acc = tl.load(product_ptr + tile, mask=inside, other=0.0).to(tl.float32)  # [1, BLOCK_N]
     acc += update_of_rows(b, s_ptr, ranks, offs_m, 0, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     for r in range(BLOCK_R, tl.max(ranks, axis=0), BLOCK_R):
         b = gather_rows(
-            b_ptr, slots, ranks, offs_n, r, N, R, stride_bl, stride_bn, stride_br, BLOCK_R
+            b_ptr, slots, ranks, offs_n, r, N, R, stride_bl, stride_bn, stride_br, EVICTION, BLOCK_R
         )
         acc += update_of_rows(b, s_ptr, ranks, offs_m, r, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     if HAS_BIAS:
@@ -96,6 +99,7 @@ def _plan(
         _lora_multi_add_kernel, (M, cdiv(N, block_n)), device,
         M, N, R, *s_stride[:2], *strides(b_shape, b_stride),
         fixed=True, HAS_BIAS=dtypes[1] is not None, S_PARTS=parts,
+        EVICTION="evict_first" if multi_reads_rows(M) else "",
         BLOCK_N=block_n, BLOCK_R=rows_ranks(R, block_n, 4, b_dtype.itemsize), num_warps=4,
     )  # fmt: skip
 
@@ -130,7 +134,7 @@ def lora_multi_add(
 
     Args:
         product (Tensor): fp32 ``[M, N]``, dense, as `frozen_product` gives it.
-        s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink_rows` gives it.
+        s (Tensor): ``[parts, M, R]``, rows dense, of `lora_multi_shrink` or `lora_multi_shrink_rows`.
         lora_B (Tensor): ``[L, N, R]``, any strides.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
         routing (tuple): ``order [M]`` and ``sorted_ids [M]``, -1 for rows without an adapter.

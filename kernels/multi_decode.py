@@ -42,7 +42,9 @@ def _lora_multi_decode_kernel(
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     slots, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
-    b = gather_rows(b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, BLOCK_R)
+    b = gather_rows(
+        b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, "", BLOCK_R
+    )
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc = add_frozen_product(
         acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
@@ -52,7 +54,7 @@ def _lora_multi_decode_kernel(
     acc += update_of_rows(b, s_ptr, ranks, offs_m, 0, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     for r in range(BLOCK_R, tl.max(ranks, axis=0), BLOCK_R):
         b = gather_rows(
-            b_ptr, slots, ranks, offs_n, r, N, R, stride_bl, stride_bn, stride_br, BLOCK_R
+            b_ptr, slots, ranks, offs_n, r, N, R, stride_bl, stride_bn, stride_br, "", BLOCK_R
         )
         acc += update_of_rows(b, s_ptr, ranks, offs_m, r, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     if HAS_BIAS:
@@ -111,7 +113,7 @@ def lora_multi_decode(
     Args:
         x (Tensor): ``[M, K]``, any strides.
         weight (Tensor): ``[N, K]`` in the dtype of x, any strides.
-        s (Tensor): ``[parts, M, R]``, rows dense, as `lora_multi_shrink_rows` gives it.
+        s (Tensor): ``[parts, M, R]``, rows dense, of `lora_multi_shrink` or `lora_multi_shrink_rows`.
         lora_B (Tensor): ``[L, N, R]``, any strides.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
         ids (Tensor): int32 ``[M]``, -1 for rows without an adapter.
