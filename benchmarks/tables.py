@@ -294,35 +294,22 @@ def overlap(content: Any) -> str:
     return table(header, rows)
 
 
-def steps(content: Any) -> str:
-    """Forward + backward of six shapes: ratio to the floor, host time."""
-    rows = []
-    for key, times in content.items():
-        eager, graph, us = times["eager"], times["graph"], times["host"]
-        row = [sizes_of(key), f"{eager['floor']:.0f}"]
-        for name in ("ours0", "ours.1"):
-            a, b = eager[name] / eager["floor"], graph[name] / graph["floor"]
-            row.append(f"{a:.2f} ({b:.2f})")
-        row += [f"{eager[name] / eager['floor']:.2f}" for name in ("peft0", "peft.1")]
-        row += [f"{us[name]:.0f}" for name in ("ours0", "peft0")]
-        rows.append([*row, f"{us['ours0'] / us['peft0']:.2f}"])
-    header = [
-        "shape", "floor, us", "fastlora", "fastlora, p=0.1", "PEFT bf16", "PEFT bf16, p=0.1",
-        "host us, fastlora", "host us, PEFT", "host, ratio",
-    ]  # fmt: skip
-    return table(header, rows)
-
-
 def layers(content: Any) -> str:
-    """The loralib-style layers: device and host ms, medians."""
+    """The other layers: eager and graph ms, medians, and in brackets over the plain call; host ms."""
     rows = []
-    for kind, calls in content["samples"].items():
+    for kind, calls in content["eager"].items():
+        plain = {how: ms_of(content[how][kind]["plain"]) for how in ("eager", "graphs")}
         for name, samples in calls.items():
             row = [kind.replace("_", " "), name]
-            rows.append(
-                row + [f"{spread(samples[k]).median:.3f}" for k in ("device_ms", "host_ms")]
-            )
-    return table(["layer", "call", "ms", "host ms"], rows)
+            for how, base in plain.items():
+                ms = ms_of(content[how][kind][name])
+                row.append(f"{ms:.3f} ({ms / base:.2f})")
+            rows.append([*row, f"{spread(samples['host_ms']).median:.3f}"])
+    return table(["layer", "call", "ms", "ms, CUDA graph", "host ms"], rows)
+
+
+def ms_of(samples: Any) -> float:
+    return spread(samples["device_ms"]).median
 
 
 SUITE_TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
@@ -334,7 +321,7 @@ SUITE_TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
     "model": {"model": model, "model-run": machine},
 }  # fmt: skip
 OTHER_TABLES: dict[str, Callable[[Any], str]] = {
-    "kernels": kernels, "overlap": overlap, "steps": steps, "layers": layers,
+    "kernels": kernels, "overlap": overlap, "layers": layers,
 }  # fmt: skip
 
 
