@@ -139,7 +139,7 @@ def shrink_beside_config(M: int, num_sms: int) -> LaunchConfig:
 
 
 def shrink_config(
-    itemsize: int, R: int, precision: str = "tf32", dropout: bool = False
+    itemsize: int, R: int, precision: str = "tf32", dropout: bool = False, a_itemsize: int = 0
 ) -> LaunchConfig:
     """Rows by columns of x that one step of `lora_shrink` reads: ``BLOCK_M`` x ``BLOCK_K``.
 
@@ -155,6 +155,8 @@ def shrink_config(
     if dropout and itemsize == 2 and R <= 32:
         return LaunchConfig(16, 16, 256, num_warps=4, num_stages=3)
     block_k = 128 if itemsize == 2 and R <= 128 else 64 if R <= 128 else 32
+    if a_itemsize > itemsize and 32 < R <= 128:  # what is on its way of A takes twice the room
+        return LaunchConfig(32, 16, block_k if R <= 64 else 64, num_warps=4, num_stages=3)
     return LaunchConfig(32, 16, block_k, num_warps=4, num_stages=4 if R <= 64 else 3)
 
 

@@ -105,7 +105,7 @@ def _plan(
     if small and product_columns and runs_beside(M, product_columns, num_sms):
         c = shrink_beside_config(M, num_sms)
     else:
-        c = shrink_config(dtype.itemsize, R, precision, has_dropout)
+        c = shrink_config(dtype.itemsize, R, precision, has_dropout, a_dtype.itemsize)
     return Launch(
         _lora_shrink_kernel, (cdiv(M, c.BLOCK_M),), device,
         M, K, R, *strides(shape, stride), *strides((R, K), a_stride), s_stride,

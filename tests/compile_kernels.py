@@ -135,6 +135,7 @@ def cases() -> list[Case]:
             found += [Case(op, arch, R=rank, dropout=True) for rank in (16, 64, 128, 256)]
             found += [
                 Case(op, arch, R=16, dropout=True, fp32_adapters=True, tensor_scaling=True),
+                *(Case(op, arch, R=rank, fp32_adapters=True) for rank in (64, 128, 256)),
                 Case(op, arch, "fp16", R=64, dropout=True),
                 Case(op, arch, "tf32", R=16),
                 Case(op, arch, "tf32", R=256, dropout=True),

@@ -24,9 +24,10 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch 
 
 import torch
 from torch import Tensor
-from triton.runtime import KernelInterface
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+from triton.runtime import KernelInterface
 
 if importlib.util.find_spec("fastlora") is None:  # a checkout that is not installed
     sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -162,7 +162,11 @@ def test_readme_examples_run(tmp_path: Path) -> None:
     not Path(fastlora.__file__).is_relative_to(ROOT), reason="fastlora is installed beside it"
 )
 @pytest.mark.parametrize(
-    "name", ["benchmarks/bench_layers.py", "benchmarks/bench_group.py", "tests/sanitize.py"]
+    "name",
+    [
+        *("benchmarks/bench_layers.py", "benchmarks/bench_group.py"),
+        *("benchmarks/bench_decode.py", "tests/sanitize.py"),
+    ],
 )
 def test_scripts_run_from_a_checkout_that_is_not_installed(name: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
