@@ -178,6 +178,29 @@ class KernelFunction(torch.autograd.Function):
         raise RuntimeError(f"fastlora's kernels have no vmap rule{_EAGERLY}")
 
 
+class BackwardFunction(KernelFunction):
+    """A `fused_backward`, its ``forward``: an error if it is differentiated in turn."""
+
+    backward = staticmethod(no_double_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Keep nothing."""
+
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """Call it: a node of its own under create_graph=True and in a transform of torch.func."""
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        return cls.forward(*unwrap_dead_wrappers(args))  # of the function that torch.func.vjp gives
+
+
+class _LoRALinearBackward(BackwardFunction):
+    """Where a graph of the backward of the LoRA linear is recorded."""
+
+    forward = staticmethod(fused_backward)
+
+
 class LoRALinearFunction(KernelFunction):
     """``y = x W0^T + bias + scaling * dropout(x) A^T B^T`` on 2-D tensors, with s and the mask beside it."""
 
@@ -190,21 +213,4 @@ class LoRALinearFunction(KernelFunction):
         if dy is None:
             return (None,) * 9
         dy = waited_for(dy)
-        # create_graph=True, or a transform of torch.func: there the kernels are a node of their own.
-        nested = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        return gradients(ctx, dy, _LoRALinearBackward.apply if nested else _plain_backward)
-
-
-def _plain_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    return fused_backward(*unwrap_dead_wrappers(args))  # the function that torch.func.vjp gives
-
-
-class _LoRALinearBackward(KernelFunction):
-    """`fused_backward` where a graph of the backward is recorded: an error if it is differentiated."""
-
-    forward = staticmethod(fused_backward)
-    backward = staticmethod(no_double_backward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep nothing."""
+        return gradients(ctx, dy, _LoRALinearBackward.run)

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastlora import autograd
-from fastlora.autograd import KernelFunction, factor_on, no_double_backward, waited_for
+from fastlora.autograd import BackwardFunction, KernelFunction, factor_on, waited_for
 from fastlora.kernels.common import for_tma
 from fastlora.kernels.dora_grad import dora_grad
 from fastlora.kernels.dora_norm import dora_norm
@@ -131,6 +130,12 @@ def gradients(
     return dx, dw, dbias, da, db, dmagnitude, None, None, None
 
 
+class _DoRALinearBackward(BackwardFunction):
+    """Where a graph of the backward of the DoRA linear is recorded."""
+
+    forward = staticmethod(fused_backward)
+
+
 class DoRALinearFunction(KernelFunction):
     """``y = g * (x W0^T + scaling * x A^T B^T) + bias`` on 2-D tensors, with s, g, norm and z beside it."""
 
@@ -143,21 +148,4 @@ class DoRALinearFunction(KernelFunction):
         if dy is None:
             return (None,) * 9
         dy = waited_for(dy)
-        # As in `LoRALinearFunction`: create_graph=True, or a transform of torch.func.
-        nested = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        return gradients(ctx, dy, _DoRALinearBackward.apply if nested else _plain_backward)
-
-
-def _plain_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    return fused_backward(*unwrap_dead_wrappers(args))
-
-
-class _DoRALinearBackward(KernelFunction):
-    """`fused_backward` where a graph of the backward is recorded: an error if it is differentiated."""
-
-    forward = staticmethod(fused_backward)
-    backward = staticmethod(no_double_backward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep nothing."""
+        return gradients(ctx, dy, _DoRALinearBackward.run)

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
-from fastlora.autograd import KernelFunction, no_double_backward, waited_for
+from fastlora.autograd import BackwardFunction, KernelFunction, waited_for
 from fastlora.kernels.common import empty_rows
 from fastlora.kernels.config import dropout_threshold, keep_scale
 from fastlora.kernels.lora_forward import lora_forward
@@ -209,6 +208,12 @@ def gradients(
     return dx, found
 
 
+class _GroupBackward(BackwardFunction):
+    """Where a graph of the backward of a group is recorded."""
+
+    forward = staticmethod(fused_backward)
+
+
 class LoRALinearGroupFunction(KernelFunction):
     """The linears of a group on a 2-D x, with s and the mask beside their outputs."""
 
@@ -219,23 +224,5 @@ class LoRALinearGroupFunction(KernelFunction):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Take the gradients of the outputs; give those that are needed, each in its own dtype."""
         dys = [None if dy is None else waited_for(dy) for dy in grads[: len(ctx.has_bias)]]
-        # As in `LoRALinearFunction`: create_graph=True, or a transform of torch.func.
-        nested = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        run = _GroupBackward.apply if nested else _plain_backward
-        dx, found = gradients(ctx, ctx.needs_input_grad, dys, run)
+        dx, found = gradients(ctx, ctx.needs_input_grad, dys, _GroupBackward.run)
         return (dx, *[None] * (FIRST_TENSOR - 1), *found)
-
-
-def _plain_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    return fused_backward(*unwrap_dead_wrappers(args))
-
-
-class _GroupBackward(KernelFunction):
-    """`fused_backward` where a graph of the backward is recorded: an error if it is differentiated."""
-
-    forward = staticmethod(fused_backward)
-    backward = staticmethod(no_double_backward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep nothing."""

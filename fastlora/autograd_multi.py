@@ -36,9 +36,14 @@ FEW = ("decode", "add")
 """The kinds of `multi_gemm_tiles` where each row gathers its own adapter."""
 
 
+def _rows(routing: Routing) -> tuple[Tensor, Tensor]:
+    """What the kernels that take rows adapter by adapter go by."""
+    return routing.order, routing.sorted_ids
+
+
 def _blocks(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels that take blocks of rows of one adapter go by."""
-    return routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M)
+    return (*_rows(routing), routing.block_starts(MULTI_BLOCK_M))
 
 
 def _product(
@@ -59,10 +64,10 @@ def _product(
     """
     kind, c = tiles
     if c is None:
-        product, rows = frozen_product(x, weight), (routing.order, routing.sorted_ids)
+        product = frozen_product(x, weight)
         if aside is not None:
             aside.join()
-        return lora_multi_add(product, s, lora_B, ranks, rows, x.dtype, bias)
+        return lora_multi_add(product, s, lora_B, ranks, _rows(routing), x.dtype, bias)
     if kind == "decode":
         return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, c, bias)
     slots = (routing.ids, routing.tile_slots(c.BLOCK_M))
@@ -93,8 +98,7 @@ def fused_forward(
     mask = None
     with aside or contextlib.nullcontext():
         if in_parts and dropout_threshold(dropout_p) == 0 and multi_reads_rows(x.shape[0]):
-            by_adapter = (routing.order, routing.sorted_ids)
-            s = lora_multi_shrink_rows(x, lora_A, scaling, ranks, by_adapter)
+            s = lora_multi_shrink_rows(x, lora_A, scaling, ranks, _rows(routing))
         else:
             num_sms = device_properties(x.device)[1]
             s, mask = lora_multi_shrink(
@@ -130,7 +134,6 @@ def fused_backward(
         return None, None, None
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
-    rows = (routing.order, routing.sorted_ids)
     dx = da = db = ds = None
     if need_x or need_a:
         ds, _ = lora_multi_shrink(
@@ -143,11 +146,23 @@ def fused_backward(
         dx = _product(dy, turned, ds, lora_A.transpose(1, 2), ranks, routing, tiles, mask=mask)
     if need_a and ds is not None:
         da = lora_multi_grad(
-            x, ds[0], mask, ranks, (*rows, routing.segment_starts()), len(lora_A), lora_A.dtype
+            x,
+            ds[0],
+            mask,
+            ranks,
+            (*_rows(routing), routing.segment_starts()),
+            len(lora_A),
+            lora_A.dtype,
         )
     if need_b:
         db = lora_multi_grad(
-            dy, s, None, ranks, (*rows, routing.segment_starts()), len(lora_B), lora_B.dtype
+            dy,
+            s,
+            None,
+            ranks,
+            (*_rows(routing), routing.segment_starts()),
+            len(lora_B),
+            lora_B.dtype,
         ).transpose(1, 2)
     return dx, da, db
 

@@ -84,12 +84,6 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=DEVICE).div_(shape[-1] ** 0.5).to(dtype)
 
 
-def by_adapter(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows by their adapter, and their sorted ids."""
-    sorted_ids, order = torch.sort(ids, stable=True)
-    return order.int(), sorted_ids
-
-
 def step(call: Callable[[], Tensor], *leaves: Tensor) -> None:
     """Forward and backward; all of it must be finite."""
     for t in leaves:
@@ -135,10 +129,12 @@ def calls(
             )
             for rows in (5, 20):  # fewer, and more than one launch does it for
                 s = draw(2, rows, R, dtype=torch.float32)
-                where = ids[:rows].int()
-                lora_multi_decode(few[:rows], wide, s, stack[1], None, where, c, bias)
+                routing = fastlora.route(ids[:rows], 3)
+                lora_multi_decode(few[:rows], wide, s, stack[1], None, routing.ids, c, bias)
                 product = draw(rows, N, dtype=torch.float32)
-                lora_multi_add(product, s, stack[1], None, by_adapter(where), dtype, bias)
+                lora_multi_add(
+                    product, s, stack[1], None, (routing.order, routing.sorted_ids), dtype, bias
+                )
 
     def merged() -> None:
         step(
