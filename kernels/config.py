@@ -233,7 +233,7 @@ def multi_decode_config(
 
     16 rows, 4096 -> 4096, 16 adapters, rank 16: 11.7 us with the kernel that makes s, 12.3 with tiles half
     as deep, of which several crowd onto an SM (cuBLAS alone: 9.1). With 64 rows the gather is not hidden:
-    24 to 27 us, so that cuBLAS makes the product where torch can have it in fp32.
+    24 us at best, so that cuBLAS makes the product where torch can have it in fp32.
     """
     depth, wide = 256 // itemsize, cdiv(N, 64) >= num_sms
     if M <= 16:
@@ -268,9 +268,9 @@ def multi_shrink_parts(M: int, K: int, num_sms: int) -> int:
 def multi_reads_rows(M: int) -> bool:
     """Whether each row reads its own A too, and adapters pass through L2 without staying.
 
-    us with 64 rows, 64 adapters: rank 16, 4096 -> 4096: 21.5, where a block for each adapter and adapters
-    that stay take 26.7; -> 14336: 63 and 64.5; rank 64: 41 and 44. With 256 rows, of which four share an
-    adapter: 40.5 and 35.4. With 16 rows, where everything fits into L2: 16.4 and 11.2.
+    us with 64 rows, 64 adapters: rank 16, 4096 -> 4096: 21.9, where a block for each adapter and adapters
+    that stay take 26.7; -> 14336: 63.2 and 64.5; rank 64: 41.3 and 44.6. With 256 rows, of which four share
+    an adapter: 40.6 and 35.5. With 16 rows, where everything fits into L2: 16.9 and 11.2.
     """
     return 16 < M <= 64
 
