@@ -149,8 +149,8 @@ def from_tensors(
     layers = _by_layer(tensors, needs, where)
     _check_complete(layers, config, needs, where)
     index = {name: i for i, name in enumerate(needs.layers)}
-    scaling = torch.zeros(len(index), pin_memory=needs.pin_memory)
-    ranks = torch.zeros(len(index), dtype=torch.int32, pin_memory=needs.pin_memory)
+    scaling = torch.zeros(len(index), device="cpu", pin_memory=needs.pin_memory)
+    ranks = torch.zeros(len(index), dtype=torch.int32, device="cpu", pin_memory=needs.pin_memory)
     slices: list[LayerSlice] = []
     size = 0
     for name in sorted(layers, key=index.__getitem__):
@@ -160,7 +160,7 @@ def from_tensors(
         scaling[index[name]] = _scaling_of(name, r, config, where)
         ranks[index[name]] = r
         size += r * (N + K)
-    buffer = torch.empty(size, dtype=needs.dtype, pin_memory=needs.pin_memory)
+    buffer = torch.empty(size, dtype=needs.dtype, device="cpu", pin_memory=needs.pin_memory)
     names = list(needs.layers)
     with torch.no_grad():
         for piece in slices:
@@ -314,6 +314,6 @@ def _scaling_of(name: str, r: int, config: Mapping[str, Any], where: str) -> flo
         scaling = float(lora_scaling(r, *alpha_of(name, config)))
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from error
-    if not math.isfinite(torch.tensor(scaling).item()):  # as the fp32 that it becomes
+    if not math.isfinite(torch.tensor(scaling, device="cpu").item()):  # as the fp32 that it becomes
         raise ValueError(f"{where}: lora_alpha of {name} gives the scaling {scaling}")
     return scaling

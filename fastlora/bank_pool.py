@@ -196,7 +196,9 @@ class Pool:
 
     def ids(self, slots: Sequence[int]) -> Tensor:
         """The slots as an int32 tensor on the device, without a sync."""
-        host = torch.tensor(slots, dtype=torch.int32, pin_memory=self._stream is not None)
+        host = torch.tensor(
+            slots, dtype=torch.int32, device="cpu", pin_memory=self._stream is not None
+        )
         return host.to(self.device, non_blocking=True)
 
     def _scale(self, slot: int, scaling: Tensor, factor: float) -> None:

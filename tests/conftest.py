@@ -208,6 +208,14 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(autouse=True)
+def give_back_memory() -> Iterator[None]:
+    """What a large test leaves in torch's pool goes back: other workers share the GPU."""
+    yield
+    if HAS_CUDA and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
 

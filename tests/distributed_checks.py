@@ -190,7 +190,7 @@ def ddp_saves_and_loads_adapters_without_its_prefix(folder):
 def ddp_through_accelerate(folder):
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=device_type() == "cpu")
     assert accelerator.num_processes == 2
     model = make_model()
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.05)
@@ -514,7 +514,7 @@ def tp_row_dropout_has_independent_masks(folder):
     # The masks, read off each rank's own seed; then the formula in one process.
     torch.manual_seed(11)
     seed = reference.draw_seed(x.device) ^ fastlora.distributed._rank_salt(dist.get_rank())
-    keep = reference.dropout_keep_mask(seed, 5, HIDDEN // world, p).to(x.dtype)
+    keep = reference.dropout_keep_mask(seed, 5, HIDDEN // world, p, x.device).to(x.dtype)
     masks = [torch.empty_like(keep) for _ in range(world)]
     dist.all_gather(masks, keep)
     assert not torch.equal(masks[0], masks[1])

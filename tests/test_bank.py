@@ -120,6 +120,17 @@ def test_a_mixed_batch_gets_each_adapter_and_none():
     assert (bank.stats().hits, bank.stats().hit_rate) == (3, 0.5)
 
 
+def test_host_copies_are_on_the_host_whatever_the_default_device():
+    bank, truths = bank_of(1)
+    tensors, config, truths["b"] = tensors_of(7)
+    with torch.device("meta"):
+        bank.add("b", tensors, config=config)
+        with bank.use(["b", None]) as ids:
+            slot, none = ids.tolist()
+    assert none == -1
+    check_slot(bank, slot, truths["b"])
+
+
 def test_tensors_keep_their_addresses_and_smaller_adapters_leave_no_trace():
     bank, truths = bank_of(8, slots=1)
     for name in LAYERS:  # what is in a slot beside its adapter must not matter

@@ -231,7 +231,8 @@ def test_dora_norm(device, dtype, M, K, N, R, adapter):
         g, norm = dora_norm(w, a, b, magnitude, scaling)
         assert g.dtype == norm.dtype == torch.float32
         # Products of 16-bit numbers are exact in fp32; what is left is one running sum a column of a tile.
-        torch.testing.assert_close(norm.double(), expected, rtol=2e-6 if exact else 1e-3, atol=0)
+        # For TF32 the tensor cores cut both factors off after 10 bits.
+        torch.testing.assert_close(norm.double(), expected, rtol=2e-6 if exact else 2**-9, atol=0)
         assert torch.equal(g, magnitude.float() / norm)
         assert torch.equal(norm, dora_norm(w, a, b, magnitude, scaling)[1])
     turned = [t.t().contiguous().t() for t in (w, a, b)]
