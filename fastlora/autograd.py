@@ -74,12 +74,10 @@ def fused_backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
-    made: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Take dy ``[M, N]`` and what `setup_context` saved; give dx, dA and dB where they are needed.
 
-    x may be ``None`` where dA is not needed, and s where dB is not. ``made`` is ds ``[M, R]``, where all
-    three are needed and it is there already.
+    x may be ``None`` where dA is not needed, and s where dB is not.
     """
     if not (need_x or need_a or need_b):
         return None, None, None
@@ -87,8 +85,7 @@ def fused_backward(
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     factor = factor_on(scaling, scaling_tensor, dy.device)
     if need_x and need_a and need_b:  # dA and dB are made beside dx
-        if made is None:
-            made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
+        made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
         a_dtype = lora_A.dtype
         if mask is None:
             # A copy for TMA must not come between the two kernels that run side by side.

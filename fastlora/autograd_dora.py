@@ -14,10 +14,8 @@ from torch import Tensor
 
 from fastlora import autograd
 from fastlora.autograd import BackwardFunction, KernelFunction, factor_on, waited_for
-from fastlora.kernels.common import device_properties, for_tma
-from fastlora.kernels.config import dora_grad_shrinks
+from fastlora.kernels.common import for_tma
 from fastlora.kernels.dora_grad import dora_grad
-from fastlora.kernels.dora_grad_shrink import dora_grad_shrink
 from fastlora.kernels.dora_norm import dora_norm
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_shrink import lora_shrink
@@ -77,28 +75,16 @@ def fused_backward(
     ``sum_m dy z / norm``, not needed where z is ``None``. x may be ``None`` where neither dW nor dA is
     needed, and s where dB is not.
     """
-    dz: Tensor | None
-    dmagnitude: Tensor | None
-    ds = None
-    if z is not None and need_x and need_a and need_b and _makes_ds(dy, lora_B):
-        factor = factor_on(scaling, scaling_tensor, dy.device)
-        dz, dmagnitude, ds = dora_grad_shrink(dy, z, g, norm, lora_B, factor, magnitude.dtype)
-    else:
-        need_dz = need_x or need_w or need_a or need_b
-        dz, dmagnitude = dora_grad(dy, z, g, norm, magnitude.dtype, need_dz)
+    need_dz = need_x or need_w or need_a or need_b
+    dz, dmagnitude = dora_grad(dy, z, g, norm, magnitude.dtype, need_dz)
     if dz is None:
         return None, None, None, None, dmagnitude
     # dx may begin beside the launch before it: one of these, and dz is complete before they begin.
     dx, da, db = autograd.fused_backward(
-        dz, x, weight, lora_A, lora_B, s, None, scaling_tensor, scaling, 0.0, need_x, need_a, need_b, ds  # type: ignore[arg-type]
+        dz, x, weight, lora_A, lora_B, s, None, scaling_tensor, scaling, 0.0, need_x, need_a, need_b  # type: ignore[arg-type]
     )  # fmt: skip
     dw = dz.t() @ x if need_w and x is not None else None
     return dx, dw, da, db, dmagnitude
-
-
-def _makes_ds(dy: Tensor, lora_B: Tensor) -> bool:
-    num_sms = device_properties(dy.device)[1]
-    return dora_grad_shrinks(dy.shape[0], lora_B.shape[1], dy.dtype.itemsize, num_sms)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -362,25 +362,6 @@ def dora_grad_config(M: int, N: int, itemsize: int, num_sms: int) -> ReduceConfi
     return ReduceConfig(block_m, block_c, splits, num_warps=4, num_stages=1)
 
 
-def dora_grad_shrinks(M: int, R: int, itemsize: int, num_sms: int) -> bool:
-    """Whether ds comes from the pass that makes dz.
-
-    Registers hold no fp32 rows, nor ranks above 64. With too few rows, programs that walk over all columns
-    leave SMs idle, where `dora_grad` shares the columns out.
-    """
-    return itemsize == 2 and R <= 64 and cdiv(M, 16) >= num_sms
-
-
-def dora_grad_shrink_config(M: int, num_sms: int) -> LaunchConfig:
-    """Rows by columns of dy that one step of `dora_grad_shrink` reads: ``BLOCK_M`` x ``BLOCK_K``.
-
-    At most 32 rows, as in `shrink_config`: the left operand comes from registers. 16 where blocks of 32
-    would leave SMs idle. 256 columns spill. Not tuned on a GPU yet.
-    """
-    block_m = 32 if cdiv(M, 32) > num_sms else 16
-    return LaunchConfig(block_m, 16, 128, num_warps=4, num_stages=3)
-
-
 def embedding_config(
     M: int, N: int, R: int, itemsize: int, num_sms: int, precision: str = "tf32"
 ) -> ReduceConfig:

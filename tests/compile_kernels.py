@@ -156,11 +156,6 @@ def cases() -> list[Case]:
             Case("dora_grad", arch, "tf32"),
             Case("dora_grad", arch, "ieee"),
             Case("dora_grad", arch, **odd),
-            Case("dora_grad_shrink", arch),
-            Case("dora_grad_shrink", arch, R=32, fp32_adapters=True, tensor_scaling=True),
-            Case("dora_grad_shrink", arch, R=64, fp32_adapters=True),
-            Case("dora_grad_shrink", arch, "fp16", R=64, M=2048),
-            Case("dora_grad_shrink", arch, R=8, **odd),
         ]
         for rank in (48, 256):
             found.append(Case("shrink_group", arch, R=rank, dropout=True))
@@ -321,10 +316,6 @@ def call(case: Case) -> None:
         ),
         "dora_grad": lambda: modules["dora_grad"].dora_grad(
             dy, dy, new((N,), dtype=torch.float32), new((N,), dtype=torch.float32), adapter
-        ),
-        "dora_grad_shrink": lambda: modules["dora_grad_shrink"].dora_grad_shrink(
-            *(dy, dy, new((N,), dtype=torch.float32), new((N,), dtype=torch.float32)),
-            *(lora_B, scaling, adapter),
         ),
         "grad_b": lambda: modules["lora_grad_b"].lora_grad_b(dy, s, lora_B, scaling, p),
         "shrink_beside": lambda: modules["lora_shrink"].lora_shrink(

@@ -176,16 +176,6 @@ def test_dora_norm_tiles(R, itemsize, precision):
     assert c.BLOCK_N * c.BLOCK_K // (c.num_warps * 32) <= 32, "four such tiles are in registers"
 
 
-@given(M=sizes, R=ranks, num_sms=sms)
-def test_dora_grad_shrink_tiles(M, R, num_sms):
-    c = config.dora_grad_shrink_config(M, num_sms)
-    check_launch(c)
-    assert c.BLOCK_M <= 32, "no wgmma, whose left operand would come from registers"
-    if config.dora_grad_shrinks(M, R, 2, num_sms):
-        held = (c.num_stages - 1) * rank_block(R) * c.BLOCK_K * 4  # rows of B, which may be fp32
-        assert held + 2 * c.BLOCK_M * c.BLOCK_K <= SMALLEST_SHARED, "the ring of B, and dz"
-
-
 @given(M=sizes, N=sizes, itemsize=itemsizes, num_sms=sms)
 def test_dora_grad_splits_cover_the_rows(M, N, itemsize, num_sms):
     c = config.dora_grad_config(M, N, itemsize, num_sms)

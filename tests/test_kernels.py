@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from fastlora import reference
-from fastlora.kernels.config import cdiv, dora_grad_shrinks, dropout_threshold, keep_scale
+from fastlora.kernels.config import cdiv, dropout_threshold, keep_scale
 from fastlora.kernels.dora_grad import dora_grad
-from fastlora.kernels.dora_grad_shrink import dora_grad_shrink
 from fastlora.kernels.dora_norm import dora_norm
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
@@ -273,31 +272,6 @@ def test_dora_grad(device, dtype, M, K, N, R):
     assert_rounded(dmagnitude, expected, torch.float32, depth=M, products=False)
     again = dora_grad(dy, z, g, norm, torch.float32)[1]
     assert torch.equal(again, dmagnitude)
-
-
-@EACH_SHAPE
-def test_dora_grad_shrink(device, dtype, M, K, N, R):
-    if not dora_grad_shrinks(1 << 20, R, dtype.itemsize, 1):
-        pytest.skip("ds has a pass of its own")
-    dy, z = randn(device, dtype, M, N), randn(device, dtype, M, N)
-    # The interpreter truncates where it casts to bf16: fp32 B holds what dtype can here.
-    b = randn(device, dtype, N, R, scale=R**-0.5)
-    g, norm = torch.randn(N, device=device), torch.rand(N, device=device) + 0.1
-    g[0] = 0
-    scaling = torch.tensor(1.5, device=device)
-    for given in (dy, dy.t().contiguous().t(), dy[:1, :1].expand(M, N)):
-        dz = dora_grad(given, None, g, norm, torch.float32)[0]
-        expected = 1.5 * dz.double() @ b.double()
-        expected_m = (given.double() * z.double()).sum(0) / norm
-        for right, factor in ((b, 1.5), (b.float(), scaling), (b.t().contiguous().t(), 1.5)):
-            got = dora_grad_shrink(given, z, g, norm, right, factor, torch.float32)
-            assert torch.equal(got[0], dz)
-            assert_rounded(got[1], expected_m, torch.float32, depth=M, products=False)
-            assert_rounded(got[2], expected, dtype, depth=N)
-            assert got[2].stride(0) * dtype.itemsize % 16 == 0
-            # Of the same arguments: the layout of B decides in which order its products are summed.
-            again = dora_grad_shrink(given, z, g, norm, right, factor, torch.float32)
-            assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 @EACH_SHAPE
