@@ -122,7 +122,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-def test_eager_sample_is_between_events_on_an_idle_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_sample_is_between_events_after_a_lead_in(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = fake_cuda(monkeypatch)
     sets: list[int] = []
 
@@ -133,9 +133,13 @@ def test_eager_sample_is_between_events_on_an_idle_gpu(monkeypatch: pytest.Monke
     clock = CudaClock(torch.device("cuda", 0))
     device, wall, host = clock.eager_sample(call, first=5, calls=3)
     assert device == 2.0
-    assert sets == [5, 6, 7]
-    assert wall >= host > 0
-    assert fake.log == ["sync", "record", "call", "call", "call", "record", "sync"]
+    assert sets == [5, 6, 7, 8, 9]
+    assert wall > 0
+    assert host > 0
+    assert fake.log == ["sync", *["call"] * 2, "record", *["call"] * 3, "record", "sync"]
+    fake.log.clear()
+    assert clock.eager_sample(call, first=5, calls=1)[0] == 2.0
+    assert fake.log == ["sync", "record", "call", "record", "sync"]
 
 
 def test_graph_sample_is_gpu_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,11 +226,11 @@ def test_interleaved_samples_have_one_length() -> None:
 
 
 def test_a_line_for_each_callable_has_its_ratios_to_the_floor() -> None:
-    samples = {"floor": Samples([1.0], [2.0], [0.5]), "lora": Samples([3.0], [5.0], [0.25])}
+    samples = {"floor": Samples([2.0], [9.0], [0.5]), "lora": Samples([5.0], [9.0], [0.25])}
     first, second = timing_lines(samples, {}, "floor")
     assert re.fullmatch(r"floor +2\.000 ms .* x 1\.000  host 0\.500 ms", first)
     assert re.fullmatch(r"lora +5\.000 ms .* x 2\.500  host 0\.250 ms", second)
-    assert timing_lines(samples, samples, "floor")[1].endswith("  graph 3.000 ms  x 3.000")
+    assert timing_lines(samples, samples, "floor")[1].endswith("  graph 5.000 ms  x 2.500")
 
 
 def test_spread() -> None:

@@ -49,8 +49,9 @@ a { color: #0a3d91; } .lead { font-size: 1.05rem; }
 _HOW = """
 Every provider was checked against the fp32 reference before it was timed: output and gradients, without
 dropout where its mask is its own. The callables of a case take turns, a sample of each in every round, so
-that a clock that drifts hits all alike. Eager samples start on an idle GPU and lie between two CUDA events,
-so host time counts wherever the GPU waits for it; 'host us' is the time until everything is enqueued.
+that a clock that drifts hits all alike. Eager samples lie between two CUDA events in the middle of a program
+(two calls before the first are not timed), so host time counts wherever the GPU waits for it; 'host us' is
+the time until everything is enqueued.
 Samples in a CUDA graph are GPU time alone. Inputs rotate past the L2 cache, except in the rows called warm.
 'x floor' is the median over that of the frozen layer's own products, timed in the same turns: x W0^T, and
 for a step dy W0 as well. TFLOP/s and GB/s count the operations and bytes that LoRA needs at least, not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import time
 from collections import defaultdict
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastlora.bench.cases import Case, ModelCase
+from fastlora.bench.cases import Case
 from fastlora.bench.clock import (
     EAGER,
     EAGER_SAMPLE_MS,
@@ -45,8 +46,9 @@ ATTEMPTS = 2
 """A case that ended the process this often is skipped."""
 
 
-MODEL_REPEATS = 0.7
-"""Samples of a whole model as a share of a linear's: 14 are enough for a comparison to show a change."""
+FEWER = 0.7
+"""Samples of a case outside of the tables as a share of theirs: 14 are enough for a comparison to show a
+change."""
 
 
 class RestartError(RuntimeError):
@@ -122,15 +124,20 @@ class Runner:
                     self._run_case(case)
             finally:
                 # Also before a restart: what failed is on record and will not be tried again.
-                self.store.append("end", case=case.id)
-            seconds = self.now() - started
+                seconds = self.now() - started
+                self.store.append("end", case=case.id, seconds=round(seconds, 1))
             self._seconds[case.suite].append(seconds)
             self.listener.case_ended(case, seconds)
+            if len(self._seconds[case.suite]) == 1 and self.clock.device.type == "cuda":
+                # Every capture collects garbage: 0.2 s each if it had to look through what torch, PEFT and
+                # transformers are made of, which this case has imported.
+                gc.collect()
+                gc.freeze()
         return []
 
     def _expected(self, case: Case) -> float:
-        """How long the slowest case of the suite took so far."""
-        return max(self._seconds[case.suite], default=0.0)
+        """How long the slowest of the last cases of the suite took."""
+        return max(self._seconds[case.suite][-5:], default=0.0)
 
     def _unfinished(self, case: Case) -> bool:
         if self.store.results.unfinished.get(case.id, 0) < ATTEMPTS:
@@ -267,8 +274,7 @@ class Runner:
                     self._restart([result])
                 continue
             ready[contender.name], results[contender.name] = contender, result
-        slow = isinstance(case, ModelCase)
-        repeats = max(3, round(MODEL_REPEATS * self.repeats)) if slow else self.repeats
+        repeats = self.repeats if case.tag == "table" else max(3, round(FEWER * self.repeats))
         timed: dict[str, Samples]
         if not ready:
             return
