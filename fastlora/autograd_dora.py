@@ -15,13 +15,9 @@ from torch import Tensor
 from fastlora import autograd
 from fastlora.autograd import BackwardFunction, KernelFunction, factor_on, waited_for
 from fastlora.kernels.common import for_tma
-from fastlora.kernels.config import dora_scales_weight
 from fastlora.kernels.dora_grad import dora_grad
 from fastlora.kernels.dora_norm import dora_norm
-from fastlora.kernels.dora_scale import dora_scale
 from fastlora.kernels.lora_forward import lora_forward
-from fastlora.kernels.lora_grad_ab import lora_grad_ab
-from fastlora.kernels.lora_grad_x import lora_grad_x
 from fastlora.kernels.lora_shrink import lora_shrink
 
 
@@ -79,10 +75,6 @@ def fused_backward(
     ``sum_m dy z / norm``, not needed where z is ``None``. x may be ``None`` where neither dW nor dA is
     needed, and s where dB is not.
     """
-    usual = need_x and need_a and need_b and not need_w
-    if usual and x is not None and s is not None and z is not None and dora_scales_weight(*x.shape):
-        factor = factor_on(scaling, scaling_tensor, dy.device)
-        return _scaled_backward(dy, x, weight, lora_A, lora_B, magnitude, s, g, norm, z, factor)
     need_dz = need_x or need_w or need_a or need_b
     dz, dmagnitude = dora_grad(dy, z, g, norm, magnitude.dtype, need_dz)
     if dz is None:
@@ -93,33 +85,6 @@ def fused_backward(
     )  # fmt: skip
     dw = dz.t() @ x if need_w and x is not None else None
     return dx, dw, da, db, dmagnitude
-
-
-def _scaled_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    s: Tensor,
-    g: Tensor,
-    norm: Tensor,
-    z: Tensor,
-    factor: float | Tensor,
-) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
-    """dx, dA, dB and dmagnitude with g on W0 and B: dz, as large as dy, is neither written nor read."""
-    if dy.stride(1) != 1:
-        dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
-    scaled_w, scaled_b = dora_scale(weight, lora_B, g)
-    ds = lora_shrink(dy, scaled_b.t(), factor)[0]
-    # A copy for TMA must not come between the two kernels that run side by side.
-    right, dmagnitude = for_tma(lora_A, dy.dtype), torch.empty_like(magnitude)
-    da, db = lora_grad_ab(
-        x, ds, None, dy, s, lora_A.dtype, lora_B.dtype,
-        column_scale=g, norm=norm, z=z, dmagnitude=dmagnitude,
-    )  # fmt: skip
-    return lora_grad_x(dy, scaled_w, ds, right, None, beside=True), None, da, db, dmagnitude
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -362,20 +362,6 @@ def dora_grad_config(M: int, N: int, itemsize: int, num_sms: int) -> ReduceConfi
     return ReduceConfig(block_m, block_c, splits, num_warps=4, num_stages=1)
 
 
-def dora_scales_weight(M: int, K: int) -> bool:
-    """Whether DoRA's backward scales the rows of W0 instead of the columns of dy.
-
-    dz costs two passes of the size of dy and keeps the sum of dy z out of the launch beside dx, g W0 two of
-    the size of W0.
-    """
-    return 2 * K < 3 * M
-
-
-def dora_scale_config(itemsize: int) -> ReduceConfig:
-    """Tiles of `dora_scale`: rows of 512 bytes. Not tuned on a GPU yet."""
-    return ReduceConfig(16, 512 // itemsize, 1, num_warps=4, num_stages=1)
-
-
 def embedding_config(
     M: int, N: int, R: int, itemsize: int, num_sms: int, precision: str = "tf32"
 ) -> ReduceConfig:

@@ -1,7 +1,4 @@
-"""``dA = ds^T dropout(x)`` and ``dB = dy^T s`` in one launch, made to run beside the GEMM of dx.
-
-For DoRA, ``dB = g * (dy^T s)`` and ``dmagnitude = sum_m dy z / norm`` from the same read of dy.
-"""
+"""``dA = ds^T dropout(x)`` and ``dB = dy^T s`` in one launch, made to run beside the GEMM of dx."""
 
 from __future__ import annotations
 
@@ -17,26 +14,13 @@ from .launch import Launch, cached_plan
 
 
 @triton.jit
-def _load_pair(x_ptr, z_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk):
-    """A tile of x and one of z, ``[BLOCK_M, BLOCK_C]`` each."""
-    mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
-    x = tl.load(
-        x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=mask, other=0.0
-    )
-    z = tl.load(z_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
-    return x, z
-
-
-@triton.jit
 def _sum_over_rows(
-    x_ptr, ds_ptr, mask_ptr, out_ptr, z_ptr, g_ptr, norm_ptr, dm_ptr, start_k,
+    x_ptr, ds_ptr, mask_ptr, out_ptr, start_k,
     M, K, R, stride_xm, stride_xk, stride_dsm, stride_or, stride_ok,
-    HAS_DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``out[r, k] = sum_m ds[m, r] keep[m, k] x[m, k]`` for BLOCK_C columns from ``start_k`` on.
-
-    If SCALED, times ``g[k]``, and ``dm[k] = sum_m x[m, k] z[m, k] / norm[k]``.
 
     The masked operand is the right one, which a tensor core reads from shared memory: the ptxas hazard
     (triton#9433) does not arise. Bits are loaded a step ahead; what a pipelined loop loads by bytes stalls.
@@ -46,13 +30,6 @@ def _sum_over_rows(
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     if HAS_DROPOUT:
         bits = load_bits(mask_ptr, tl.arange(0, BLOCK_M), start_k, M, K, BLOCK_C)
-    if SCALED:
-        # x comes once more, by registers and a step ahead: of the pipelined tile, read in two layouts,
-        # Triton would drop the swizzle, and it has just passed through L2.
-        later, z = _load_pair(
-            x_ptr, z_ptr, tl.arange(0, BLOCK_M).to(tl.int64), offs_k, M, K, stride_xm, stride_xk
-        )
-        products = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     for m in range(0, M, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
         x = tl.load(
@@ -70,16 +47,6 @@ def _sum_over_rows(
             bits = load_bits(mask_ptr, offs_m + BLOCK_M, start_k, M, K, BLOCK_C)
             x = tl.where(keep, x, 0.0)
         acc = dot(ds, x, acc, PRECISION)  # [BLOCK_R, BLOCK_C]
-        if SCALED:
-            products += later.to(tl.float32) * z.to(tl.float32)
-            later, z = _load_pair(
-                x_ptr, z_ptr, offs_m + BLOCK_M, offs_k, M, K, stride_xm, stride_xk
-            )
-    if SCALED:
-        norm = tl.load(norm_ptr + offs_k, mask=offs_k < K, other=1.0)
-        dm = (tl.sum(products, 0) / norm).to(dm_ptr.dtype.element_ty)
-        tl.store(dm_ptr + offs_k, dm, mask=offs_k < K)
-        acc *= tl.load(g_ptr + offs_k, mask=offs_k < K, other=0.0)[None, :]
     tl.store(
         out_ptr + offs_r[:, None].to(tl.int64) * stride_or + offs_k[None, :] * stride_ok,
         acc.to(out_ptr.dtype.element_ty),
@@ -89,12 +56,12 @@ def _sum_over_rows(
 
 @triton.jit
 def _lora_grad_ab_kernel(
-    x_ptr, ds_ptr, mask_ptr, da_ptr, dy_ptr, s_ptr, db_ptr, z_ptr, g_ptr, norm_ptr, dm_ptr,
+    x_ptr, ds_ptr, mask_ptr, da_ptr, dy_ptr, s_ptr, db_ptr,
     M, K, N, R, blocks_a, stride_xm, stride_xk, stride_dsm, stride_dym, stride_dyn, stride_sm,
-    HAS_DROPOUT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``dA [R, K] = ds^T (mask * x)`` and ``dB [N, R] = dy^T s``; if SCALED, DoRA's dB and dmagnitude.
+    """``dA [R, K] = ds^T (mask * x)`` and ``dB [N, R] = dy^T s``.
 
     Grid: a program for every BLOCK_C columns of x, then of dy; each goes over all rows.
     """
@@ -102,16 +69,15 @@ def _lora_grad_ab_kernel(
     block = tl.program_id(0)
     if block < blocks_a:
         _sum_over_rows(
-            x_ptr, ds_ptr, mask_ptr, da_ptr, z_ptr, g_ptr, norm_ptr, dm_ptr, block * BLOCK_C,
+            x_ptr, ds_ptr, mask_ptr, da_ptr, block * BLOCK_C,
             M, K, R, stride_xm, stride_xk, stride_dsm, K, 1,
-            HAS_DROPOUT, False, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+            HAS_DROPOUT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
         )  # fmt: skip
     else:
         _sum_over_rows(
-            dy_ptr, s_ptr, mask_ptr, db_ptr, z_ptr, g_ptr, norm_ptr, dm_ptr,
-            (block - blocks_a) * BLOCK_C,
+            dy_ptr, s_ptr, mask_ptr, db_ptr, (block - blocks_a) * BLOCK_C,
             M, N, R, stride_dym, stride_dyn, stride_sm, 1, R,
-            False, SCALED, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+            False, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
         )  # fmt: skip
 
 
@@ -125,10 +91,9 @@ def _plan(
     dy_shape: tuple[int, ...],
     dy_stride: tuple[int, ...],
     s_stride: int,
-    dtypes: tuple[torch.dtype | None, ...],
+    dtypes: tuple[torch.dtype, torch.dtype],
     device: torch.device,
     has_dropout: bool,
-    scaled: bool,
     precision: str,
 ) -> Launch:
     (M, K), N, num_sms = shape, dy_shape[1], device_properties(device)[1]
@@ -137,7 +102,7 @@ def _plan(
     return Launch(
         _lora_grad_ab_kernel, (blocks_a + cdiv(N, c.BLOCK_C),), device,
         M, K, N, R, blocks_a, *strides(shape, stride), ds_stride, *strides(dy_shape, dy_stride), s_stride,
-        fixed=True, HAS_DROPOUT=has_dropout, SCALED=scaled, PRECISION=precision, PDL=has_pdl(device),
+        fixed=True, HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=has_pdl(device),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -151,14 +116,8 @@ def lora_grad_ab(
     s: Tensor,
     a_dtype: torch.dtype,
     b_dtype: torch.dtype,
-    column_scale: Tensor | None = None,
-    norm: Tensor | None = None,
-    z: Tensor | None = None,
-    dmagnitude: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``dA = ds^T (mask * x)`` and ``dB = dy^T s``; the GEMM launched next may run beside it.
-
-    With DoRA's four, which come together, ``dB = g * (dy^T s)``, and dmagnitude is written.
 
     Args:
         x (Tensor): ``[M, K]``, any strides.
@@ -168,10 +127,6 @@ def lora_grad_ab(
         s (Tensor): ``[M, R]``, rows dense, in the dtype of x, with scaling in it.
         a_dtype (torch.dtype): dtype of dA.
         b_dtype (torch.dtype): dtype of dB.
-        column_scale (Tensor | None): g, fp32 ``[N]`` contiguous. Default: ``None``.
-        norm (Tensor | None): fp32 ``[N]``, contiguous. Default: ``None``.
-        z (Tensor | None): ``[M, N]``, contiguous, as `lora_forward` writes it. Default: ``None``.
-        dmagnitude (Tensor | None): ``[N]`` contiguous, for ``sum_m dy z / norm``. Default: ``None``.
 
     Returns:
         tuple: dA ``[R, K]`` and dB ``[N, R]``, contiguous. A program sums all rows in order:
@@ -180,10 +135,9 @@ def lora_grad_ab(
     (_, K), (_, N), R = x.shape, dy.shape, ds.shape[1]
     launch = _plan(
         x.shape, x.stride(), x.dtype, R, ds.stride(0), dy.shape, dy.stride(), s.stride(0),
-        (a_dtype, b_dtype, None if dmagnitude is None else dmagnitude.dtype), x.device,
-        mask is not None, z is not None, dot_precision(x.dtype),
+        (a_dtype, b_dtype), x.device, mask is not None, dot_precision(x.dtype),
     )  # fmt: skip
     da = torch.empty((R, K), dtype=a_dtype, device=x.device)
     db = torch.empty((N, R), dtype=b_dtype, device=x.device)
-    launch(x, ds, mask, da, dy, s, db, z, column_scale, norm, dmagnitude)
+    launch(x, ds, mask, da, dy, s, db)
     return da, db

@@ -151,15 +151,6 @@ def cases() -> list[Case]:
             Case("dora_norm", arch, "ieee", R=64),
             Case("dora_norm", arch, "ieee", R=256),
             Case("dora_norm", arch, R=8, **odd),
-            Case("dora_scale", arch),
-            Case("dora_scale", arch, "fp16", R=256, fp32_adapters=True),
-            Case("dora_scale", arch, "ieee", R=64),
-            Case("dora_scale", arch, R=8, **odd),
-            Case("dora_grad_ab", arch),
-            Case("dora_grad_ab", arch, "fp16", R=256, fp32_adapters=True),
-            Case("dora_grad_ab", arch, "tf32", R=64),
-            Case("dora_grad_ab", arch, "ieee", R=64),
-            Case("dora_grad_ab", arch, R=8, **odd),
             Case("dora_grad", arch),
             Case("dora_grad", arch, "fp16", fp32_adapters=True),
             Case("dora_grad", arch, "tf32"),
@@ -233,7 +224,6 @@ def cases() -> list[Case]:
     for arch in (100, 120):
         found += [Case("merge", arch), Case("sliced", arch)]
         found += [Case("dora_norm", arch), Case("dora_forward", arch), Case("dora_grad", arch)]
-        found += [Case("dora_scale", arch), Case("dora_grad_ab", arch)]
         found += [Case("multi_forward", arch, M=rows) for rows in (16, 256, 8192)]
         found += [Case("forward", arch, bias=True), Case("grad_x", arch, R=64, dropout=True)]
         found += [Case("shrink", arch, dropout=True), Case("grad_a", arch, R=64, dropout=True)]
@@ -323,22 +313,6 @@ def call(case: Case) -> None:
             new((N,), dtype=dtype) if case.bias else None,
             new((N,), dtype=torch.float32),
             new((M, N), dtype=dtype),
-        ),
-        "dora_scale": lambda: modules["dora_scale"].dora_scale(
-            w, lora_B, new((N,), dtype=torch.float32)
-        ),
-        "dora_grad_ab": lambda: modules["lora_grad_ab"].lora_grad_ab(
-            x,
-            s,
-            None,
-            dy,
-            s,
-            adapter,
-            adapter,
-            new((N,), dtype=torch.float32),
-            new((N,), dtype=torch.float32),
-            dy,
-            new((N,), dtype=adapter),
         ),
         "dora_grad": lambda: modules["dora_grad"].dora_grad(
             dy, dy, new((N,), dtype=torch.float32), new((N,), dtype=torch.float32), adapter

@@ -31,11 +31,11 @@ GEMMS = {
 OPS = (
     *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab"),
     *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
-    *("embedding", "sliced", "merge", "dora_norm", "dora_grad", "dora_scale", "dora_grad_ab"),
+    *("embedding", "sliced", "merge", "dora_norm", "dora_grad"),
 )
 NO_PRODUCT = {
     *("_sum_splits_kernel", "_lora_multi_add_kernel", "_lora_embedding_grad_a_kernel"),
-    *("_dora_grad_kernel", "_dora_scale_kernel", "_lora_multi_shrink_rows_kernel"),
+    *("_dora_grad_kernel", "_lora_multi_shrink_rows_kernel"),
 }
 ONE_STEP = {"_lora_merge_kernel"}
 

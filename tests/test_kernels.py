@@ -11,7 +11,6 @@ from fastlora import reference
 from fastlora.kernels.config import cdiv, dropout_threshold, keep_scale
 from fastlora.kernels.dora_grad import dora_grad
 from fastlora.kernels.dora_norm import dora_norm
-from fastlora.kernels.dora_scale import dora_scale
 from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
@@ -272,40 +271,6 @@ def test_dora_grad(device, dtype, M, K, N, R):
     assert none is None
     assert_rounded(dmagnitude, expected, torch.float32, depth=M, products=False)
     again = dora_grad(dy, z, g, norm, torch.float32)[1]
-    assert torch.equal(again, dmagnitude)
-
-
-@EACH_SHAPE
-@pytest.mark.parametrize("adapter", [None, torch.float32])
-def test_dora_scale(device, dtype, M, K, N, R, adapter):
-    w, b = randn(device, dtype, N, K), randn(device, adapter or dtype, N, R)
-    g = torch.randn(N, device=device)
-    g[0] = 0
-    for right in (b, b.t().contiguous().t()):
-        for left in (w, w.t().contiguous().t()):
-            scaled_w, scaled_b = dora_scale(left, right, g)
-            assert scaled_w.is_contiguous() and scaled_b.is_contiguous()
-            assert_rounded(scaled_w, g[:, None] * w.double(), dtype, products=False)
-            assert_rounded(scaled_b, g[:, None] * b.double(), b.dtype, products=False)
-
-
-@EACH_SHAPE
-def test_grad_ab_of_dora(device, dtype, M, K, N, R):
-    x, ds = randn(device, dtype, M, K), randn(device, dtype, M, R)
-    dy, z, s = (randn(device, dtype, M, columns) for columns in (N, N, R))
-    g, norm = torch.randn(N, device=device), torch.rand(N, device=device) + 0.1
-    g[0] = 0
-    expected_b = g[:, None] * (dy.double().t() @ s.double())
-    expected_m = (dy.double() * z.double()).sum(0) / norm
-    for given in (dy, dy.repeat_interleave(2, 1)[:, ::2]):
-        for out in {dtype, torch.float32}:
-            dmagnitude = torch.full((N,), float("nan"), dtype=out, device=device)
-            da, db = lora_grad_ab(x, ds, None, given, s, out, out, g, norm, z, dmagnitude)
-            assert_rounded(da, ds.double().t() @ x.double(), out, depth=M)
-            assert_rounded(db, expected_b, out, depth=M)
-            assert_rounded(dmagnitude, expected_m, out, depth=M, products=False)
-    again = torch.empty_like(dmagnitude)
-    lora_grad_ab(x, ds, None, given, s, out, out, g, norm, z, again)
     assert torch.equal(again, dmagnitude)
 
 
