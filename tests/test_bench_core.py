@@ -323,6 +323,33 @@ def test_a_planted_slowdown_of_a_tenth_is_a_regression(seed: int) -> None:
     assert not any(c.regression for c in compare(planted(seed=seed, slower=1.1), planted(seed=9)))
 
 
+def bound_by_the_host(ours: float, host: float, yardstick: bool = True) -> Results:
+    rng, found = random.Random(ours + host), Results()
+    for provider, ms in ((FLOOR, 0.1), ("fastlora", ours), ("eager", 0.4)):
+        if provider == "eager" and not yardstick:
+            continue
+        samples = [
+            ms * (1 if provider == FLOOR else host) * rng.uniform(1, 1.02) for _ in range(20)
+        ]
+        waits = [0.02 if provider == FLOOR else ms for ms in samples]
+        result = Result(
+            "train/table/0", "train", "step", "eager", provider, provider,
+            device_ms=samples, host_ms=waits, block=1,
+        )  # fmt: skip
+        found.add({"type": "result", **vars(result)})
+    return found
+
+
+def test_a_slower_host_is_no_regression_and_slower_code_on_it_is() -> None:
+    before = bound_by_the_host(ours=0.3, host=1.0)
+    assert not any(c.changed for c in compare(before, bound_by_the_host(ours=0.34, host=1.7)))
+    change = compare(before, bound_by_the_host(ours=0.45, host=0.8))[0]
+    assert change.regression
+    assert change.unit == "x eager"
+    alone = [bound_by_the_host(ours, 1.0, yardstick=False) for ours in (0.3, 0.45)]
+    assert not any(c.changed for c in compare(*alone))
+
+
 def test_noise_as_large_as_the_change_is_no_regression() -> None:
     changes = compare(planted(noise=0.3, cases=8), planted(noise=0.3, cases=8, seed=7, slower=1.1))
     assert not any(change.changed for change in changes)

@@ -70,7 +70,8 @@ class Results:
     runs: list[dict[str, Any]] = field(default_factory=list)
     cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     results: dict[Key, Result] = field(default_factory=dict)
-    floors: dict[tuple[str, str, str, int], Result] = field(default_factory=dict)
+    timed: dict[tuple[str, str, str, str, int], Result] = field(default_factory=dict)
+    """By key and block: what was timed in the same turns."""
     ceilings: dict[str, float] = field(default_factory=dict)
     unfinished: dict[str, int] = field(default_factory=dict)
     """Cases that began and never ended, and how often."""
@@ -92,12 +93,16 @@ class Results:
         elif kind == "result":
             result = Result(**record)
             self.results[result.key] = result
-            if result.provider == FLOOR and result.device_ms:
-                self.floors[(*result.key[:3], result.block)] = result
+            if result.device_ms:
+                self.timed[(*result.key, result.block)] = result
+
+    def beside(self, result: Result, provider: str) -> Result | None:
+        """The result of another provider that was timed in the same turns."""
+        return self.timed.get((*result.key[:3], provider, result.block))
 
     def floor_of(self, result: Result) -> Result | None:
         """The floor that was timed in the same turns."""
-        return self.floors.get((*result.key[:3], result.block))
+        return self.beside(result, FLOOR)
 
     def ratio(self, result: Result) -> float | None:
         """Median over the floor's median."""
