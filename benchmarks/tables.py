@@ -125,6 +125,25 @@ def train_forward(results: Results) -> str:
     return train(results, FORWARD)
 
 
+def sweep(results: Results) -> str:
+    """Forward and backward of every other case over the floor in a CUDA graph, and eager."""
+    names = ("fastlora", "eager", "peft", "peft-fastlora")
+    labels = providers_of(results, "train")
+    rows = []
+    for case in suites()["train"]:
+        floor = get(results, case.id, STEP, GRAPH, FLOOR)
+        if case.tag == "table" or floor is None:
+            continue
+        row = [case.title, us_of(floor)]
+        for name in names:
+            graph, eager = (
+                ratio(results, get(results, case.id, STEP, how, name)) for how in (GRAPH, EAGER)
+            )
+            row.append(f"{graph} ({eager or '-'})" if graph else "")
+        rows.append(row)
+    return table(["case", "floor, us", *(labels.get(name, name) for name in names)], rows)
+
+
 def memory(results: Results) -> str:
     """MiB of a step: peak beyond weights and inputs, and what a forward keeps for backward."""
     providers = {FLOOR: "floor", **providers_of(results, "train")}
@@ -313,8 +332,8 @@ def ms_of(samples: Any) -> float:
 
 
 SUITE_TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
-    "train": {"train": train, "train-forward": train_forward, "memory": memory, "host": host,
-              "train-worst": worst, "train-run": machine},
+    "train": {"train": train, "train-forward": train_forward, "sweep": sweep,
+              "memory": memory, "host": host, "train-worst": worst, "train-run": machine},
     "serve": {"serve": serve, "serve-graph": serve_graph, "serve-eager": serve_eager,
               "mixed-training": mixed_training,
               "serve-worst": worst, "serve-run": machine},

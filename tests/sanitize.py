@@ -196,11 +196,17 @@ def run(word: str = "") -> collections.Counter[str]:
 
 
 def without_tma() -> None:
-    """Have every op take its pointer kernel."""
+    """Have every op take its pointer kernel, and cuBLAS make products in fp32, which it does without."""
     for module in pkgutil.iter_modules(fastlora.kernels.__path__):
         importlib.import_module(f"fastlora.kernels.{module.name}").__dict__.update(
             has_tma=lambda major: False
         )
+    plain: Callable[[Tensor, Tensor], Tensor] = torch.mm
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        return plain(a.float(), b.float()).to(out_dtype or a.dtype)
+
+    torch.mm = mm  # type: ignore[assignment]
 
 
 def missing(counts: collections.Counter[str]) -> list[str]:
