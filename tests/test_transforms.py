@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,7 +282,9 @@ def worker(connection):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_a_worker_process_gives_the_same(start):
+def test_a_worker_process_gives_the_same(start, monkeypatch):
+    # A spawned process looks for `worker` in this file, which `pytest` does not put on its path.
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
     layer_of("cpu")(torch.randn(6, 24))  # the parent has run kernels before it forks
     torch.manual_seed(7)
     layer = layer_of("cpu", 0.5)
