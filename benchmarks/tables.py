@@ -102,21 +102,33 @@ def missing(cases: Iterable[TrainCase | ServeCase], results: Results, mode: str)
     return f"\n\nNot measured in this run: {'; '.join(names)}." if names else ""
 
 
-def train(results: Results, mode: str = STEP) -> str:
-    """Ratios to the floor, eager and in a CUDA graph."""
-    providers = providers_of(results, "train")
+def ratio_rows(
+    results: Results,
+    cases: Iterable[TrainCase],
+    label: Callable[[TrainCase], str],
+    mode: str,
+    providers: Iterable[str],
+) -> list[Row]:
+    """Of each case that was measured, the floor in ms and ratios to it: eager, and in a CUDA graph."""
     rows = []
-    for case in train_cases():
+    for case in cases:
         floor = get(results, case.id, mode, EAGER, FLOOR)
         if floor is None:
             continue
-        row = [name_of(case), f"{floor.ms.median:.3f}"]
+        row = [label(case), f"{floor.ms.median:.3f}"]
         for name in providers:
             eager, graph = (
                 ratio(results, get(results, case.id, mode, how, name)) for how in (EAGER, GRAPH)
             )
             row.append(f"{eager} ({graph or '-'})" if eager else "")
         rows.append(row)
+    return rows
+
+
+def train(results: Results, mode: str = STEP) -> str:
+    """Ratios to the floor, eager and in a CUDA graph."""
+    providers = providers_of(results, "train")
+    rows = ratio_rows(results, train_cases(), name_of, mode, providers)
     header = ["in → out", "floor, ms", *providers.values()]
     return table(header, rows) + missing(train_cases(), results, mode)
 
@@ -126,22 +138,12 @@ def train_forward(results: Results) -> str:
 
 
 def sweep(results: Results) -> str:
-    """Forward and backward of every other case over the floor in a CUDA graph, and eager."""
-    names = ("fastlora", "eager", "peft", "peft-fastlora")
+    """The same of every case outside of the table."""
     labels = providers_of(results, "train")
-    rows = []
-    for case in suites()["train"]:
-        floor = get(results, case.id, STEP, GRAPH, FLOOR)
-        if case.tag == "table" or floor is None:
-            continue
-        row = [case.title, us_of(floor)]
-        for name in names:
-            graph, eager = (
-                ratio(results, get(results, case.id, STEP, how, name)) for how in (GRAPH, EAGER)
-            )
-            row.append(f"{graph} ({eager or '-'})" if graph else "")
-        rows.append(row)
-    return table(["case", "floor, us", *(labels.get(name, name) for name in names)], rows)
+    shown = {n: labels[n] for n in ("fastlora", "eager", "peft", "peft-fastlora") if n in labels}
+    others = [c for c in suites()["train"] if isinstance(c, TrainCase) and c.tag != "table"]
+    rows = ratio_rows(results, others, lambda case: case.title, STEP, shown)
+    return table(["case", "floor, ms", *shown.values()], rows)
 
 
 def memory(results: Results) -> str:
@@ -257,14 +259,14 @@ def machine(results: Results) -> str:
     """What ran, on what, in words, with the commands."""
     shown = ("GPU", "driver", "Python", "torch", "triton", "peft", "transformers", "loralib")
     seen: dict[str, None] = {}
+    counts = {len(r.device_ms) for r in results.results.values() if r.device_ms}
     for run in results.runs:
         facts = ", ".join(f"{k} {v}" for k, v in run["machine"].items() if k in shown)
         at = f"{run['started'][:10]}, commit {run['note'] or run['machine'].get('git commit')}"
-        seen[f"{facts.removeprefix('GPU ')}; {at}. {run['repeats']} samples of each callable."] = (
-            None
-        )
+        seen[f"{facts.removeprefix('GPU ')}; {at}."] = None
+    samples = f"{' or '.join(map(str, sorted(counts, reverse=True)))} samples of each callable."
     commands = dict.fromkeys(run["command"] for run in results.runs)
-    return "\n".join([*seen, "", "```bash", *commands, "```"])
+    return "\n".join([*seen, samples, "", "```bash", *commands, "```"])
 
 
 def sizes_of(key: str) -> str:

@@ -134,8 +134,9 @@ def test_eager_sample_is_between_events_after_a_lead_in(monkeypatch: pytest.Monk
     device, wall, host = clock.eager_sample(call, first=5, calls=3)
     assert device == 2.0
     assert sets == [5, 6, 7, 8, 9]
-    assert wall > 0
-    assert host > 0
+    assert (
+        wall * 5 >= host * 3 > 0
+    )  # of five calls from idle to idle, and of the three that are timed
     assert fake.log == ["sync", *["call"] * 2, "record", *["call"] * 3, "record", "sync"]
     fake.log.clear()
     assert clock.eager_sample(call, first=5, calls=1)[0] == 2.0
@@ -221,8 +222,7 @@ def test_interleaved_samples_have_one_length() -> None:
     calls = {name: lambda i, name=name: seen.append(name) for name in ("a", "b")}
     samples = clock_file.time_eager(HostClock(), calls, {"a": 2, "b": 1}, repeats=3)
     assert [len(s.device_ms) for s in samples.values()] == [3, 3]
-    rounds = ["".join(seen)[i : i + 3] for i in range(0, 9, 3)]  # a twice in a row, in either order
-    assert len(seen) == 9 and set(rounds) == {"aab", "baa"}
+    assert "".join(seen) == "".join({"a": "aa", "b": "b"}[n] for n in in_turns(["a", "b"], 3))
     captured = {name: HostClock().capture(call, 2) for name, call in calls.items()}
     graphs = clock_file.time_graphs(HostClock(), captured, repeats=4)
     assert [len(s.device_ms) for s in graphs.values()] == [4, 4]

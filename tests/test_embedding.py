@@ -24,6 +24,7 @@ SHAPES = [
 if HAS_CUDA:
     SHAPES += [
         pytest.param((8192,), 32000, 4096, 16, id="8192-llama"),
+        pytest.param((8192,), 128256, 1024, 16, id="8192-large-vocabulary"),
         pytest.param((4097,), 1003, 1001, 256, id="odd-r256"),
     ]
 

@@ -58,15 +58,22 @@ class Change:
         return self.ours and (bool(self.failed) or (self.changed and self.effect > 0))
 
 
+def _host_effect(min_effect: float) -> float:
+    return max(min_effect, HOST_EFFECT)
+
+
+def describe_rule(min_effect: float = MIN_EFFECT, level: float = LEVEL) -> str:
+    """What `compare` goes by, in words, with its numbers."""
+    return RULE.format(effect=min_effect, host=_host_effect(min_effect), level=level)
+
+
 def host_bound(result: Result) -> bool:
     """Whether the GPU waits for the host rather than the other way round."""
     busy = spread(result.host_ms).median if result.host_ms else 0.0
     return busy > HOST_SHARE * spread(result.device_ms).median
 
 
-def relative_samples(
-    results: Results, result: Result, yardstick: str = FLOOR
-) -> tuple[list[float], str]:
+def relative_samples(results: Results, result: Result, yardstick: str) -> tuple[list[float], str]:
     """Each sample over the yardstick's of the same turn; plain ms where there is no such result."""
     other = results.beside(result, yardstick)
     if other is None or len(other.device_ms) != len(result.device_ms):
@@ -105,23 +112,23 @@ def compare(
     bound = level / len(pairs)
     changes = []
     for old, new in pairs:
-        old_samples, old_unit = relative_samples(before, old)
         if new.status != OK or not new.device_ms:
+            old_samples, old_unit = relative_samples(before, old, FLOOR)
             old_median, words = spread(old_samples).median, new.message or new.status
             changes.append(Change(old.key, old.label, old_median, 0.0, 0.0, True, words, old_unit))
             continue
         hosts = host_bound(old) or host_bound(new)
-        if hosts:
-            old_samples, old_unit = relative_samples(before, old, HOST_YARDSTICK)
-        new_samples, unit = relative_samples(after, new, HOST_YARDSTICK if hosts else FLOOR)
+        yardstick = HOST_YARDSTICK if hosts else FLOOR
+        old_samples, old_unit = relative_samples(before, old, yardstick)
+        new_samples, unit = relative_samples(after, new, yardstick)
         if unit != old_unit:
             old_samples, new_samples, unit = old.device_ms, new.device_ms, "ms"
         a, b = spread(old_samples), spread(new_samples)
         p = mann_whitney(old_samples, new_samples)
         effect = abs(b.median / a.median - 1)
-        least = max(min_effect, HOST_EFFECT) if hosts else min_effect
-        changed = effect > max(least, a.noise, b.noise) and p < bound
-        changed &= not hosts or unit != "ms"
+        least = _host_effect(min_effect) if hosts else min_effect
+        comparable = not hosts or unit != "ms"
+        changed = comparable and effect > max(least, a.noise, b.noise) and p < bound
         changes.append(Change(old.key, old.label, a.median, b.median, p, changed, unit=unit))
     return changes
 

@@ -16,7 +16,7 @@ from rich.console import Console
 import fastlora.bench  # noqa: F401 - registers the providers
 from fastlora.bench.cases import Case, select, suites
 from fastlora.bench.clock import Clock, CudaClock
-from fastlora.bench.compare import HOST_EFFECT, LEVEL, MIN_EFFECT, RULE, compare, describe_changes
+from fastlora.bench.compare import MIN_EFFECT, compare, describe_changes, describe_rule
 from fastlora.bench.correctness import check_cases
 from fastlora.bench.registry import Provider, choose, load_file, missing
 from fastlora.bench.results import OK, Results, Store, load
@@ -129,10 +129,7 @@ def _save_report(console: Console, results: Results, folder: Path) -> None:
 def _compare(console: Console, paths: list[Path], min_effect: float) -> int:
     before, after = (load(path) for path in paths)
     changes = compare(before, after, min_effect)
-    console.print(
-        RULE.format(effect=min_effect, host=max(min_effect, HOST_EFFECT), level=LEVEL),
-        soft_wrap=True,
-    )
+    console.print(describe_rule(min_effect), soft_wrap=True)
     for line in describe_changes(changes):
         console.print(line, soft_wrap=True, markup=False)
     return 1 if any(change.regression for change in changes) else 0
