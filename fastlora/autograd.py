@@ -14,12 +14,12 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastlora.kernels.common import for_tma
-from fastlora.kernels.config import dropout_threshold, keep_scale
-from fastlora.kernels.lora_forward import lora_forward
+from fastlora.kernels.config import decodes, dropout_threshold, keep_scale
+from fastlora.kernels.lora_decode import lora_decode
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
 from fastlora.kernels.lora_grad_b import lora_grad_b
-from fastlora.kernels.lora_grad_x import lora_grad_x
+from fastlora.kernels.lora_product import lora_dx, lora_y
 from fastlora.kernels.lora_shrink import lora_shrink
 
 _EAGERLY = "; run this part eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
@@ -52,12 +52,14 @@ def fused_forward(
     ``scaling_tensor``, 0-dim, takes the place of ``scaling`` where there is one.
     """
     factor = factor_on(scaling, scaling_tensor, x.device)
-    N = weight.shape[0]
+    (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+    if decodes(M, R, x.element_size(), dropout_threshold(dropout_p) > 0):
+        return (*lora_decode(x, weight, lora_A, lora_B, factor, bias), None)
     if lora_B.dtype != x.dtype:
         # Before s is made: the product begins beside the kernel that makes it.
         lora_B = for_tma(lora_B, x.dtype)
     s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed, product_columns=N)
-    return lora_forward(x, weight, s, lora_B, bias), s, mask
+    return lora_y(x, weight, s, lora_B, bias), s, mask
 
 
 def fused_backward(
@@ -91,9 +93,9 @@ def fused_backward(
             # A copy for TMA must not come between the two kernels that run side by side.
             lora_A = for_tma(lora_A, dy.dtype)
         grads = lora_grad_ab(x, made, mask, dy, s, a_dtype, lora_B.dtype)
-        return lora_grad_x(dy, weight, made, lora_A, mask, beside=True), *grads
+        return lora_dx(dy, weight, made, lora_A, mask, beside=True), *grads
     ds, db = lora_grad_b(dy, s, lora_B, factor, dropout_p, need_ds=need_x or need_a, need_db=need_b)
-    dx = lora_grad_x(dy, weight, ds, lora_A, mask) if need_x and ds is not None else None
+    dx = lora_dx(dy, weight, ds, lora_A, mask) if need_x and ds is not None else None
     da = lora_grad_a(x, ds, mask, lora_A.dtype) if need_a and ds is not None else None
     return dx, da, db
 

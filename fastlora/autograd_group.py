@@ -16,10 +16,9 @@ from torch import Tensor
 from fastlora.autograd import BackwardFunction, KernelFunction, waited_for
 from fastlora.kernels.common import empty_rows
 from fastlora.kernels.config import dropout_threshold, keep_scale
-from fastlora.kernels.lora_forward import lora_forward
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
-from fastlora.kernels.lora_grad_x import lora_grad_x
+from fastlora.kernels.lora_product import lora_dx, lora_y
 from fastlora.kernels.lora_shrink import lora_shrink
 
 FIRST_TENSOR = 5
@@ -66,7 +65,7 @@ def fused_forward(
     s, mask = lora_shrink(x, torch.cat(lora_As), factor, dropout_p, seed, product_columns=first)
     parts = torch.split(s, ranks, 1)
     ys = [
-        lora_forward(x, tensors[i], parts[i], lora_Bs[i], next(biases) if has_bias[i] else None)
+        lora_y(x, tensors[i], parts[i], lora_Bs[i], next(biases) if has_bias[i] else None)
         for i in range(n)
     ]
     return (*ys, s, mask)
@@ -117,7 +116,7 @@ def fused_backward(
         if beside:  # one rank for both products: dB is a few columns of dy^T times all of s
             b_dtype = lora_Bs[widest].dtype
             da, wide = lora_grad_ab(x, ds, mask, dys[widest], s, a_dtype, b_dtype)
-        dx = lora_grad_x(dys[widest], weights[widest], ds, lora_A, mask, beside=beside)
+        dx = lora_dx(dys[widest], weights[widest], ds, lora_A, mask, beside=beside)
         for i in range(n):
             if i != widest:
                 dx.addmm_(dys[i], weights[i])

@@ -17,7 +17,7 @@ from fastlora.kernels.config import dropout_threshold
 from fastlora.kernels.lora_forward_sliced import Slices, lora_forward_sliced
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_b import lora_grad_b
-from fastlora.kernels.lora_grad_x import lora_grad_x
+from fastlora.kernels.lora_product import lora_dx
 from fastlora.kernels.lora_shrink import lora_shrink
 
 
@@ -83,7 +83,7 @@ def fused_backward(
     ]
     ds = torch.cat([part[0] for part in parts], 1) if need_ds else None
     db = torch.cat([part[1] for part in parts]) if need_b else None
-    dx = lora_grad_x(dy, weight, ds, lora_A, mask) if need_x and ds is not None else None
+    dx = lora_dx(dy, weight, ds, lora_A, mask) if need_x and ds is not None else None
     da = lora_grad_a(x, ds, mask, lora_A.dtype) if need_a and ds is not None else None
     return dx, da, db
 

@@ -28,6 +28,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def multiple(size, DIVISOR: tl.constexpr):
+    """A size that DIVISOR divides, in a form that tells the compiler so: it then loads by vectors.
+
+    Triton itself looks for 16 alone, so that masked rows of rank 8 would be loaded element by element.
+    """
+    return size // DIVISOR * DIVISOR
+
+
+@triton.jit
 def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Row and column of an output tile, ``GROUP_M`` rows at a time so that operands stay in L2."""
     per_group = GROUP_M * tiles_n

@@ -6,6 +6,7 @@ gets the pointer rows, whose shared memory fits every GPU since sm_80.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 PHILOX_ROUNDS = 7
@@ -69,6 +70,11 @@ def rank_step(R: int, itemsize: int) -> int:
     return min(128 // itemsize, rank_block(R))
 
 
+def vector(size: int) -> int:
+    """The power of two, 16 at most, that divides a size: how many elements may be loaded at once."""
+    return math.gcd(size, 16)
+
+
 def gemm_boxes(
     c: LaunchConfig, *, nk: bool = True, rank_product: bool = False, outputs: int = 1
 ) -> tuple[tuple[int, int], ...]:
@@ -120,6 +126,47 @@ def gemm_tma_config(
     return LaunchConfig(128, 128, block_k, num_warps=8, num_stages=4, SUBTILES=2)
 
 
+DECODE_ROWS = 16
+"""Rows up to which `lora_decode` makes y in one launch: each program streams x and A beside its part of W."""
+
+FEW_ROWS = 64
+"""Rows up to which cuBLAS, which splits the sum over K, has an SM for each part of the frozen product."""
+
+DEEP = 16384
+"""Terms of a sum above which cuBLAS keeps its operands in L2 and the TMA GEMM does not."""
+
+
+def decodes(M: int, R: int, itemsize: int, dropout: bool) -> bool:
+    """Whether `lora_decode` makes y and s: few rows, 16-bit, no mask, and an A that can be read often."""
+    return M <= DECODE_ROWS and R <= 64 and itemsize == 2 and not dropout
+
+
+def adds_to_rank_product(M: int, depth: int, itemsize: int, device_type: str) -> bool:
+    """Whether cuBLAS adds the frozen product, a sum over ``depth``, to LoRA's share in y or dx.
+
+    It reads that share back, which few rows or a deep sum make cheap beside the product.
+    """
+    return device_type == "cuda" and itemsize == 2 and (M <= FEW_ROWS or depth > DEEP)
+
+
+def decode_config(M: int, N: int, R: int, itemsize: int, num_sms: int, major: int) -> LaunchConfig:
+    """Tiles of `lora_decode`: a program an SM, with as much of W on its way as shared memory holds.
+
+    As `multi_decode_config`: columns of W are few enough for each SM to have some. Memory other than
+    Hopper's is taken to be 99 KB, as on sm_86 and sm_89.
+    """
+    wide = cdiv(N, 64) >= num_sms
+    block_n, block_k = (64, 256 // itemsize) if wide else (32, 512 // itemsize)
+    stage = (16 + block_n + rank_block(R)) * block_k * itemsize
+    room = (112 if wide else 200) << 10 if major == 9 else 96 << 10
+    return LaunchConfig(16, block_n, block_k, num_warps=4, num_stages=min(5, room // stage + 1))
+
+
+def expand_config(M: int, itemsize: int) -> LaunchConfig:
+    """Tiles of `lora_expand`, which writes and does little else."""
+    return LaunchConfig(16 if M <= 16 else 64, 256 // itemsize, 0, num_warps=4, num_stages=1)
+
+
 def gemm_pointer_config(itemsize: int, precision: str) -> LaunchConfig:
     """Tiles of the pointer GEMMs: sm_80 and later, any strides."""
     if precision == "ieee" and itemsize == 4:
@@ -158,6 +205,14 @@ def shrink_config(
     if a_itemsize > itemsize and 32 < R <= 128:  # what is on its way of A takes twice the room
         return LaunchConfig(32, 16, block_k if R <= 64 else 64, num_warps=4, num_stages=3)
     return LaunchConfig(32, 16, block_k, num_warps=4, num_stages=4 if R <= 64 else 3)
+
+
+def shrink_splits(M: int, K: int, block_m: int, block_k: int, num_sms: int) -> int:
+    """Into how many sums over K `lora_shrink` is split: for few rows, whose programs would leave SMs idle."""
+    blocks = cdiv(M, block_m)
+    if 8 * blocks > num_sms:
+        return 1
+    return max(1, min(num_sms // blocks, cdiv(K, block_k), 32))
 
 
 def dora_norm_config(itemsize: int, R: int, precision: str) -> LaunchConfig:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_properties, dot, dot_precision, strides
-from .config import cdiv, grad_a_config, rank_block
+from .common import device_properties, dot, dot_precision, multiple, strides
+from .config import cdiv, grad_a_config, rank_block, vector
 from .dropout import load_keep
 from .launch import Launch, cached_plan
 from .reduce import sum_splits
@@ -19,6 +19,7 @@ def _lora_grad_a_kernel(
     x_ptr, ds_ptr, mask_ptr, parts_ptr,
     M, K, R, rows_per_split, stride_xm, stride_xk, stride_dsm,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    R_VECTOR: tl.constexpr, DS_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``parts[split, r, k] = sum_m ds[m, r] keep[m, k] x[m, k]`` over the rows of a split.
@@ -26,6 +27,7 @@ def _lora_grad_a_kernel(
     Grid: ``(cdiv(K, BLOCK_C), splits)``. The masked operand is the right one: a wgmma reads it from
     shared memory, so the register-operand hazard of ptxas (triton#9433) does not arise.
     """
+    R, stride_dsm = multiple(R, R_VECTOR), multiple(stride_dsm, DS_VECTOR)
     start_k = tl.program_id(0) * BLOCK_C
     offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
@@ -77,6 +79,7 @@ def _plan(
         _lora_grad_a_kernel, (cdiv(K, c.BLOCK_C), splits), device,
         M, K, R, rows_per_split, *strides(shape, stride), ds_stride,
         HAS_DROPOUT=has_dropout, PRECISION=precision,
+        R_VECTOR=vector(R), DS_VECTOR=vector(ds_stride),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip

@@ -7,8 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_properties, dot, dot_precision, has_pdl, let_next_kernel_start, strides
-from .config import cdiv, grad_ab_config, rank_block
+from .common import (
+    device_properties,
+    dot,
+    dot_precision,
+    has_pdl,
+    let_next_kernel_start,
+    multiple,
+    strides,
+)
+from .config import cdiv, grad_ab_config, rank_block, vector
 from .dropout import load_bits, unpack_bits
 from .launch import Launch, cached_plan
 
@@ -59,6 +67,7 @@ def _lora_grad_ab_kernel(
     x_ptr, ds_ptr, mask_ptr, da_ptr, dy_ptr, s_ptr, db_ptr,
     M, K, N, R, blocks_a, stride_xm, stride_xk, stride_dsm, stride_dym, stride_dyn, stride_sm,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    R_VECTOR: tl.constexpr, DS_VECTOR: tl.constexpr, S_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``dA [R, K] = ds^T (mask * x)`` and ``dB [N, R] = dy^T s``.
@@ -66,6 +75,8 @@ def _lora_grad_ab_kernel(
     Grid: a program for every BLOCK_C columns of x, then of dy; each goes over all rows.
     """
     let_next_kernel_start(PDL)
+    R = multiple(R, R_VECTOR)
+    stride_dsm, stride_sm = multiple(stride_dsm, DS_VECTOR), multiple(stride_sm, S_VECTOR)
     block = tl.program_id(0)
     if block < blocks_a:
         _sum_over_rows(
@@ -103,6 +114,7 @@ def _plan(
         _lora_grad_ab_kernel, (blocks_a + cdiv(N, c.BLOCK_C),), device,
         M, K, N, R, blocks_a, *strides(shape, stride), ds_stride, *strides(dy_shape, dy_stride), s_stride,
         fixed=True, HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=has_pdl(device),
+        R_VECTOR=vector(R), DS_VECTOR=vector(ds_stride), S_VECTOR=vector(s_stride),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip

@@ -20,13 +20,14 @@ from .common import (
     has_pdl,
     has_tma,
     late_wait_step,
+    multiple,
     rows_fit_tma,
     store_tile,
     strides,
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import cdiv, gemm_boxes, gemm_pointer_config, gemm_tma_config, rank_step
+from .config import cdiv, gemm_boxes, gemm_pointer_config, gemm_tma_config, rank_step, vector
 from .dropout import load_keep
 from .launch import Launch, cached_plan
 
@@ -96,6 +97,7 @@ def _lora_grad_x_dropout_kernel(
     dy_desc, w_desc, dx_desc, ds_ptr, a_ptr, mask_ptr,
     M, N, K, R, stride_dsm, stride_ar, stride_ak,
     PRECISION: tl.constexpr, PDL: tl.constexpr, BESIDE: tl.constexpr,
+    R_VECTOR: tl.constexpr, DS_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
@@ -104,6 +106,7 @@ def _lora_grad_x_dropout_kernel(
     Not flattened: with the masked product in the loop, ptxas waits for every wgmma (2.3 times as slow).
     BESIDE as in the kernel above.
     """
+    R, stride_dsm = multiple(R, R_VECTOR), multiple(stride_dsm, DS_VECTOR)
     if not BESIDE:
         wait_for_previous_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
@@ -201,7 +204,8 @@ def _plan(
     if has_dropout:
         return True, True, Launch(
             _lora_grad_x_dropout_kernel, grid, device, *sizes, ds_stride, *a_strides,
-            boxes=gemm_boxes(c, nk=False), **ranks, **options,
+            boxes=gemm_boxes(c, nk=False), R_VECTOR=vector(R), DS_VECTOR=vector(ds_stride),
+            **ranks, **options,
         )  # fmt: skip
     boxes = gemm_boxes(c, nk=False, rank_product=True)
     described = a_dtype == dtype and rows_fit_tma(a_shape, a_stride, itemsize)

@@ -15,6 +15,7 @@ from .common import (
     has_pdl,
     let_next_kernel_start,
     load_scaling,
+    multiple,
     padded_columns,
     strides,
 )
@@ -26,24 +27,33 @@ from .config import (
     runs_beside,
     shrink_beside_config,
     shrink_config,
+    shrink_splits,
+    vector,
 )
 from .dropout import keep_bits, unpack_bits
 from .launch import Launch, cached_plan
+from .reduce import sum_splits
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, seed_ptr, scaling, threshold, keep_scale,
-    M, K, R, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
+    M, K, R, depth, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
     SCALING_IS_TENSOR: tl.constexpr, SCALING_PER_RANK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    R_VECTOR: tl.constexpr, AK_VECTOR: tl.constexpr, SM_VECTOR: tl.constexpr,
     PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``s[m, r] = scaling * keep_scale * sum_k keep[m, k] x[m, k] A[r, k]``.
 
-    Grid: ``cdiv(M, BLOCK_M)``; a program takes its rows over all of K and writes their keep bits too.
+    Grid: ``(cdiv(M, BLOCK_M), splits)``; a program takes its rows over ``depth`` of K, a multiple of
+    BLOCK_K, and writes their keep bits too. With more than one split, ``s`` are fp32 parts of the sum.
     """
     let_next_kernel_start(PDL)
+    R, stride_sm = multiple(R, R_VECTOR), multiple(stride_sm, SM_VECTOR)
+    stride_ak = multiple(stride_ak, AK_VECTOR)
+    first = tl.program_id(1) * depth
+    last = tl.minimum(first + depth, K)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -52,7 +62,7 @@ def _lora_shrink_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(first, last, BLOCK_K):
         x = tl.load(
             x_ptr + offs_m[:, None] * stride_xm + (k + offs_k)[None, :] * stride_xk,
             mask=(offs_m[:, None] < M) & (k + offs_k[None, :] < K),
@@ -78,8 +88,9 @@ def _lora_shrink_kernel(
         acc *= factors[None, :] * keep_scale
     else:
         acc *= load_scaling(scaling, SCALING_IS_TENSOR) * keep_scale
+    part_ptr = s_ptr + tl.program_id(1).to(tl.int64) * M * stride_sm
     tl.store(
-        s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
+        part_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
         acc.to(s_ptr.dtype.element_ty),
         mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
     )
@@ -99,19 +110,26 @@ def _plan(
     has_dropout: bool,
     precision: str,
     product_columns: int,
-) -> Launch:
+    may_split: bool,
+) -> tuple[int, Launch]:
+    """The number of splits and the launch."""
     (M, K), num_sms = shape, device_properties(device)[1]
     small = dtype.itemsize == 2 and R <= 32
     if small and product_columns and runs_beside(M, product_columns, num_sms):
         c = shrink_beside_config(M, num_sms)
     else:
         c = shrink_config(dtype.itemsize, R, precision, has_dropout, a_dtype.itemsize)
-    return Launch(
-        _lora_shrink_kernel, (cdiv(M, c.BLOCK_M),), device,
-        M, K, R, *strides(shape, stride), *strides((R, K), a_stride), s_stride,
+    splits = shrink_splits(M, K, c.BLOCK_M, c.BLOCK_K, num_sms) if may_split else 1
+    depth = cdiv(cdiv(K, splits), c.BLOCK_K) * c.BLOCK_K
+    splits = cdiv(K, depth)
+    a_strides = strides((R, K), a_stride)
+    return splits, Launch(
+        _lora_shrink_kernel, (cdiv(M, c.BLOCK_M), splits), device,
+        M, K, R, depth, *strides(shape, stride), *a_strides, s_stride,
         fixed=True, SCALING_IS_TENSOR=scaling_kind is not None,
         SCALING_PER_RANK=scaling_kind is not None and scaling_kind[0] == 1,
         HAS_DROPOUT=has_dropout, PRECISION=precision,
+        R_VECTOR=vector(R), AK_VECTOR=vector(a_strides[1]), SM_VECTOR=vector(s_stride),
         BLOCK_M=c.BLOCK_M, BLOCK_K=c.BLOCK_K, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages, PDL=has_pdl(device),
     )  # fmt: skip
@@ -149,18 +167,21 @@ def lora_shrink(
     """
     (M, K), R = x.shape, lora_A.shape[0]
     has_dropout = dropout_threshold(dropout_p) > 0  # a tiny p rounds to none
-    launch = _plan(
+    splits, launch = _plan(
         x.shape, x.stride(), x.dtype, R, lora_A.stride(), lora_A.dtype,
         padded_columns(R, x.dtype.itemsize) if out is None else out.stride(0), x.device,
         (scaling.dim(), scaling.dtype) if isinstance(scaling, Tensor) else None, has_dropout,
         dot_precision(x.dtype),
-        product_columns,
+        product_columns, out is None,
     )  # fmt: skip
     s = empty_rows(M, R, x.dtype, x.device) if out is None else out
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
+    parts = s if splits == 1 else s.new_empty((splits, M, s.stride(0)), dtype=torch.float32)
     launch(
-        x, lora_A, s, mask, seed if has_dropout else None,
+        x, lora_A, parts, mask, seed if has_dropout else None,
         scaling if isinstance(scaling, Tensor) else float(scaling),
         dropout_threshold(dropout_p), keep_scale(dropout_p) * factor,
     )  # fmt: skip
+    if splits > 1:
+        sum_splits(parts, s)
     return s, mask

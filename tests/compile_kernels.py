@@ -170,6 +170,18 @@ def cases() -> list[Case]:
             Case("grad_b", arch, R=8, **odd),
         ]
         found += [
+            Case("expand", arch),
+            Case("expand", arch, R=256, dropout=True, fp32_adapters=True, bias=True),
+            Case("expand", arch, "fp16", R=8, dropout=True, M=16),
+            Case("expand", arch, "ieee", R=64),
+            Case("expand", arch, "tf32", R=200, **odd),
+            Case("decode", arch, M=1),
+            Case("decode", arch, R=64, bias=True, fp32_adapters=True, tensor_scaling=True, M=16),
+            Case("decode", arch, "fp16", R=8, M=16, N=14336),
+            Case("decode", arch, R=64, M=16, N=14336),
+            Case("decode", arch, R=3, M=5, K=4099, N=4101),
+            Case("shrink", arch, M=64),
+            Case("shrink", arch, R=64, dropout=True, M=20),
             Case("embedding", arch),
             Case("embedding", arch, R=64, fp32_adapters=True, tensor_scaling=True),
             Case("embedding", arch, "fp16", R=256),
@@ -320,6 +332,12 @@ def call(case: Case) -> None:
         "grad_b": lambda: modules["lora_grad_b"].lora_grad_b(dy, s, lora_B, scaling, p),
         "shrink_beside": lambda: modules["lora_shrink"].lora_shrink(
             x, lora_A, scaling, p, seed, product_columns=N
+        ),
+        "expand": lambda: modules["lora_expand"].lora_expand(
+            s, lora_A.t(), mask, new((K,), dtype=dtype) if case.bias else None
+        ),
+        "decode": lambda: modules["lora_decode"].lora_decode(
+            x, w, lora_A, lora_B, scaling, new((N,), dtype=dtype) if case.bias else None
         ),
         "grad_x": lambda: modules["lora_grad_x"].lora_grad_x(dy, w, s, lora_A, mask),
         "grad_x_beside": lambda: modules["lora_grad_x"].lora_grad_x(

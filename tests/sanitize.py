@@ -38,13 +38,14 @@ from fastlora.kernels import common, launch
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig
 from fastlora.kernels.lora_merge import lora_merge
+from fastlora.kernels.lora_shrink import lora_shrink
 from fastlora.kernels.multi_add import lora_multi_add
 from fastlora.kernels.multi_decode import lora_multi_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # M, K, N, R: TMA can describe the first; of the second nothing is a multiple of anything.
-DENSE, ODD = (70, 72, 136, 8), (37, 67, 45, 3)
+DENSE, ODD = (70, 72, 136, 8), (69, 67, 45, 3)
 SETTINGS = [
     # dtype, dtype of the adapters, TF32, shape, dropout_p
     (BF16, BF16, False, DENSE, 0.0),
@@ -102,7 +103,7 @@ def calls(
     M, K, N, R = shape
     x, weight, bias = draw(M, K, dtype=dtype), draw(N, K, dtype=dtype), draw(N, dtype=dtype)
     a, b = draw(R, K, dtype=adapter), draw(N, R, dtype=adapter)
-    scaling = torch.tensor(1.5, device=DEVICE)
+    scaling, seed = torch.tensor(1.5, device=DEVICE), torch.tensor(7, device=DEVICE)
 
     def linear() -> None:
         step(
@@ -111,8 +112,19 @@ def calls(
             ),
             x, a, b, bias,
         )  # fmt: skip
-        with torch.no_grad():  # few rows, another layout of x
-            fastlora.lora_linear(x[:3].t().contiguous().t(), weight, a, b, scaling=2.0)
+        with torch.no_grad():  # another layout of x
+            fastlora.lora_linear(x.t().contiguous().t(), weight, a, b, scaling=2.0)
+
+    def few_rows() -> None:
+        for rows in (5, 37):
+            few = x[:rows].clone()
+            step(
+                lambda: fastlora.lora_linear(few, weight, a, b, bias=bias, scaling=scaling, dropout_p=p),  # noqa: B023
+                few, a, b,
+            )  # fmt: skip
+        with torch.no_grad():  # a sum over K in parts
+            wide, deep = draw(20, 1032, dtype=dtype), draw(R, 1032, dtype=adapter)
+            lora_shrink(wide, deep, 2.0, p, seed)
 
     def multi() -> None:
         stack = draw(3, R, K, dtype=adapter), draw(3, N, R, dtype=adapter)
@@ -173,7 +185,7 @@ def calls(
         turned = weight.t().contiguous().t()
         lora_merge(turned, a.detach(), b.detach(), 0.5, out=turned)
 
-    yield from (linear, multi, merged, embedding, dora, merge)
+    yield from (linear, few_rows, multi, merged, embedding, dora, merge)
 
 
 def run(word: str = "") -> collections.Counter[str]:
@@ -206,7 +218,11 @@ def without_tma() -> None:
     def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
         return plain(a.float(), b.float()).to(out_dtype or a.dtype)
 
+    def addmm_(self: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return self.copy_(self.float() + plain(a.float(), b.float()))
+
     torch.mm = mm  # type: ignore[assignment]
+    Tensor.addmm_ = addmm_  # type: ignore[assignment, method-assign]
 
 
 def missing(counts: collections.Counter[str]) -> list[str]:

@@ -29,7 +29,7 @@ GEMMS = {
     "_lora_multi_gemm_tma_kernel",
 }
 OPS = (
-    *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab"),
+    *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab", "expand", "decode"),
     *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
     *("embedding", "sliced", "merge", "dora_norm", "dora_grad"),
 )

@@ -1,0 +1,38 @@
+"""``y`` and ``dx`` by the way that is fastest: one fused GEMM, or cuBLAS on top of LoRA's share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .config import adds_to_rank_product
+from .lora_expand import lora_expand
+from .lora_forward import lora_forward
+from .lora_grad_x import lora_grad_x
+
+
+def lora_y(
+    x: Tensor, weight: Tensor, s: Tensor, lora_B: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """``y = x W0^T + s B^T + bias`` in the dtype of x, contiguous; arguments are those of `lora_forward`.
+
+    Where `adds_to_rank_product` says so, ``s B^T + bias`` is written first and cuBLAS adds ``x W0^T`` to it
+    in its accumulator, so that y is rounded twice, as eager PyTorch's is.
+    """
+    if adds_to_rank_product(x.shape[0], x.shape[1], x.element_size(), x.device.type):
+        return lora_expand(s, lora_B, None, bias).addmm_(x, weight.t())
+    return lora_forward(x, weight, s, lora_B, bias)
+
+
+def lora_dx(
+    dy: Tensor,
+    weight: Tensor,
+    ds: Tensor,
+    lora_A: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beside: bool = False,
+) -> Tensor:
+    """``dx = mask * (ds A) + dy W0`` in the dtype of dy; arguments are those of `lora_grad_x`."""
+    if adds_to_rank_product(dy.shape[0], dy.shape[1], dy.element_size(), dy.device.type):
+        return lora_expand(ds, lora_A.t(), mask).addmm_(dy, weight)
+    return lora_grad_x(dy, weight, ds, lora_A, mask, beside=beside)
