@@ -149,17 +149,24 @@ def adds_to_rank_product(M: int, depth: int, itemsize: int, device_type: str) ->
     return device_type == "cuda" and itemsize == 2 and (M <= FEW_ROWS or depth > DEEP)
 
 
-def decode_config(M: int, N: int, R: int, itemsize: int, num_sms: int, major: int) -> LaunchConfig:
+def decode_config(
+    N: int, R: int, itemsizes: tuple[int, int], by_vectors: bool, num_sms: int, major: int
+) -> LaunchConfig:
     """Tiles of `lora_decode`: a program an SM, with as much of W on its way as shared memory holds.
 
-    As `multi_decode_config`: columns of W are few enough for each SM to have some. Memory other than
-    Hopper's is taken to be 99 KB, as on sm_86 and sm_89.
+    As `multi_decode_config`: columns of W are few enough for each SM to have some. ``itemsizes`` are those
+    of x and of A. Memory other than Hopper's is taken to be 99 KB, as on sm_86 and sm_89. Rows that cannot
+    be loaded by vectors come through registers, which a short step spares.
     """
+    itemsize, a_itemsize = itemsizes
     wide = cdiv(N, 64) >= num_sms
     block_n, block_k = (64, 256 // itemsize) if wide else (32, 512 // itemsize)
-    stage = (16 + block_n + rank_block(R)) * block_k * itemsize
+    block_k = block_k if by_vectors else 64
+    stage = ((16 + block_n) * itemsize + rank_block(R) * a_itemsize) * block_k
     room = (112 if wide else 200) << 10 if major == 9 else 96 << 10
-    return LaunchConfig(16, block_n, block_k, num_warps=4, num_stages=min(5, room // stage + 1))
+    return LaunchConfig(
+        16, block_n, block_k, num_warps=4, num_stages=min(5, max(2, room // stage + 1))
+    )
 
 
 def expand_config(M: int, itemsize: int) -> LaunchConfig:

@@ -15,6 +15,7 @@ from .common import (
     empty_rows,
     load_scaling,
     padded_columns,
+    rows_fit_tma,
     strides,
 )
 from .config import cdiv, decode_config, rank_block
@@ -92,13 +93,16 @@ def _plan(
     b_stride: tuple[int, ...],
     dtypes: tuple[torch.dtype | None, ...],
     itemsize: int,
+    a_itemsize: int,
     scaling_dtype: torch.dtype | None,
     device: torch.device,
     precision: str,
 ) -> Launch:
     (M, K), N = shape, w_shape[0]
     major, num_sms = device_properties(device)
-    c = decode_config(M, N, R, itemsize, num_sms, major)
+    by_vectors = rows_fit_tma(shape, stride, itemsize)
+    by_vectors &= rows_fit_tma(w_shape, w_stride, itemsize) and a_stride[1] == 1
+    c = decode_config(N, R, (itemsize, a_itemsize), by_vectors, num_sms, major)
     return Launch(
         _lora_decode_kernel, (cdiv(N, c.BLOCK_N),), device,
         M, N, K, R, *strides(shape, stride), *strides(w_shape, w_stride),
@@ -135,8 +139,8 @@ def lora_decode(
     launch = _plan(
         x.shape, x.stride(), weight.shape, weight.stride(), R, lora_A.stride(), lora_B.stride(),
         (x.dtype, lora_A.dtype, lora_B.dtype, None if bias is None else bias.dtype),
-        x.element_size(), scaling.dtype if isinstance(scaling, Tensor) else None, x.device,
-        dot_precision(x.dtype),
+        x.element_size(), lora_A.element_size(),
+        scaling.dtype if isinstance(scaling, Tensor) else None, x.device, dot_precision(x.dtype),
     )  # fmt: skip
     y, s = x.new_empty((M, N)), empty_rows(M, R, x.dtype, x.device)
     launch(

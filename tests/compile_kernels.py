@@ -181,6 +181,8 @@ def cases() -> list[Case]:
             Case("decode", arch, R=64, M=16, N=14336),
             Case("decode", arch, R=3, M=5, K=4099, N=4101),
             Case("shrink", arch, M=64),
+            *(Case("ds", arch, R=rank) for rank in (4, 8, 24, 128)),
+            *(Case("grad_ab", arch, R=rank) for rank in (4, 8)),
             Case("shrink", arch, R=64, dropout=True, M=20),
             Case("embedding", arch),
             Case("embedding", arch, R=64, fp32_adapters=True, tensor_scaling=True),
@@ -303,6 +305,7 @@ def call(case: Case) -> None:
         mask = new((M, (K + 7) // 8), dtype=torch.uint8)
     launch: dict[str, Callable[[], object]] = {
         "shrink": lambda: modules["lora_shrink"].lora_shrink(x, lora_A, scaling, p, seed),
+        "ds": lambda: modules["lora_shrink"].lora_shrink(dy, lora_B.t(), scaling),
         "shrink_group": lambda: modules["lora_shrink"].lora_shrink(
             x,
             lora_A,

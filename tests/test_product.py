@@ -168,8 +168,9 @@ def test_splits_fill_the_gpu_and_no_more():
 @pytest.mark.parametrize("major", [8, 9])
 @pytest.mark.parametrize("R", [1, 16, 64])
 @pytest.mark.parametrize("N", [1024, 4096, 14336])
-def test_decode_tiles_fit(major, R, N):
-    c = decode_config(16, N, R, 2, 132, major)
-    stage = 2 * (16 + c.BLOCK_N + config.rank_block(R)) * c.BLOCK_K
+@pytest.mark.parametrize("a_itemsize", [2, 4])
+def test_decode_tiles_fit(major, R, N, a_itemsize):
+    c = decode_config(N, R, (2, a_itemsize), True, 132, major)
+    stage = (2 * (16 + c.BLOCK_N) + a_itemsize * config.rank_block(R)) * c.BLOCK_K
     assert c.num_stages >= 2
     assert (c.num_stages - 1) * stage <= (200 if major == 9 else 96) * 1024
