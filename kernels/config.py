@@ -129,11 +129,9 @@ def gemm_tma_config(
 DECODE_ROWS = 16
 """Rows up to which `lora_decode` makes y in one launch: each program streams x and A beside its part of W."""
 
-FEW_ROWS = 64
-"""Rows up to which cuBLAS, which splits the sum over K, has an SM for each part of the frozen product."""
-
-DEEP = 16384
-"""Terms of a sum above which cuBLAS keeps its operands in L2 and the TMA GEMM does not."""
+FEW_ROWS = 256
+"""Rows up to which cuBLAS adds the frozen product to LoRA's share: it splits the sum over K, so that each SM
+has a part of it."""
 
 
 def decodes(M: int, R: int, itemsize: int, dropout: bool) -> bool:
@@ -141,12 +139,14 @@ def decodes(M: int, R: int, itemsize: int, dropout: bool) -> bool:
     return M <= DECODE_ROWS and R <= 64 and itemsize == 2 and not dropout
 
 
-def adds_to_rank_product(M: int, depth: int, itemsize: int, device_type: str) -> bool:
-    """Whether cuBLAS adds the frozen product, a sum over ``depth``, to LoRA's share in y or dx.
+def adds_to_rank_product(M: int, itemsize: int, device_type: str) -> bool:
+    """Whether cuBLAS adds the frozen product to LoRA's share in y or dx, which few rows make cheap to read.
 
-    It reads that share back, which few rows or a deep sum make cheap beside the product.
+    us on one H200 in a CUDA graph, weights cold, beside those of the TMA GEMM and of eager PyTorch: y of 64
+    rows, 4096 -> 4096: 19.6, 29.2 and 25.0; of 256 rows 25.6, 30.8 and 33.1; 64 rows, 4096 -> 14336: 39.4,
+    49.6 and 46.8. A backward of 64 rows: 21.4, 31.5 and 31.3.
     """
-    return device_type == "cuda" and itemsize == 2 and (M <= FEW_ROWS or depth > DEEP)
+    return device_type == "cuda" and itemsize == 2 and M <= FEW_ROWS
 
 
 def decode_config(
@@ -193,16 +193,25 @@ def shrink_beside_config(M: int, num_sms: int) -> LaunchConfig:
 
 
 def shrink_config(
-    itemsize: int, R: int, precision: str = "tf32", dropout: bool = False, a_itemsize: int = 0
+    M: int,
+    R: int,
+    itemsize: int,
+    num_sms: int,
+    precision: str = "tf32",
+    dropout: bool = False,
+    a_itemsize: int = 0,
 ) -> LaunchConfig:
     """Rows by columns of x that one step of `lora_shrink` reads: ``BLOCK_M`` x ``BLOCK_K``.
 
-    ``BLOCK_M`` stays at 32 so that the product runs on `mma.sync`: with 64 rows and more it would be a
-    `wgmma` whose left operand, x after dropout, comes from registers, which ptxas before 13.3 can
+    With dropout ``BLOCK_M`` stays at 32 so that the product runs on `mma.sync`: with 64 rows and more it
+    would be a `wgmma` whose left operand, x after dropout, comes from registers, which ptxas before 13.3 can
     miscompile inside a pipelined loop (triton#9433). The product ``A x^T``, whose masked operand is in
     shared memory, takes 53 us where this takes 42 (8192 x 4096, rank 16, p = 0.1). With dropout 16 rows
     are better, for the random numbers want warps: 15 us instead of 25 at 2048 x 4096, 41 instead of 47
     at 8192 x 4096 (the same figures in one run).
+
+    Large ranks without dropout take 64 rows where that fills the GPU; us at 8192 x 4096 on one H200, with 32
+    rows in brackets: rank 64 22 (32), 128 28 (42), 256 44 (55).
     """
     if precision == "ieee" and itemsize == 4:
         return LaunchConfig(32, 16, 32, num_warps=4, num_stages=3)
@@ -211,6 +220,13 @@ def shrink_config(
     block_k = 128 if itemsize == 2 and R <= 128 else 64 if R <= 128 else 32
     if a_itemsize > itemsize and 32 < R <= 128:  # what is on its way of A takes twice the room
         return LaunchConfig(32, 16, block_k if R <= 64 else 64, num_warps=4, num_stages=3)
+    full = 4 * cdiv(M, 64) >= 3 * num_sms
+    if full and R > 32 and itemsize == 2 and not dropout and a_itemsize <= itemsize:
+        if R <= 64:
+            return LaunchConfig(64, 16, 128, num_warps=4, num_stages=3)
+        if R <= 128:
+            return LaunchConfig(64, 16, 64, num_warps=8, num_stages=4)
+        return LaunchConfig(64, 16, 64, num_warps=4, num_stages=3)
     return LaunchConfig(32, 16, block_k, num_warps=4, num_stages=4 if R <= 64 else 3)
 
 
@@ -403,14 +419,18 @@ def grad_ab_config(
     A program takes a few columns over all rows, so that nothing is left to be summed; all programs are on
     the GPU at once, and small enough for the GEMM to fit beside two of them. It may be slow, for it has the
     time of the GEMM: 8192 tokens, 4096 -> 4096, rank 16: 54 us alone, of which dx beside it hides some 35.
+    Larger ranks read as much of ds and s as of x and dy, which wants more loads on their way: us of both
+    kernels on one H200, with two stages in brackets: rank 64 388 (392), 128 438 (545), 256 463 (588).
     """
     if precision == "ieee" and itemsize == 4:
         return ReduceConfig(16, 32, 1, num_warps=4, num_stages=2)
     block_c = 32
     while cdiv(K, block_c) + cdiv(N, block_c) > 2 * num_sms and block_c < 128:
         block_c *= 2
-    if itemsize == 4 or R > 64:
+    if itemsize == 4:
         return ReduceConfig(32, min(block_c, 64), 1, num_warps=4, num_stages=2)
+    if R > 32:
+        return ReduceConfig(32, 64, 1, num_warps=4 if R <= 128 else 8, num_stages=4)
     return ReduceConfig(64, block_c, 1, num_warps=4, num_stages=3 if block_c > 32 else 4)
 
 

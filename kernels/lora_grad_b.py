@@ -45,12 +45,19 @@ def _lora_grad_b_kernel(
             mask=(offs_m[:, None] < last) & (offs_n[None, :] < N),
             other=0.0,
         )  # [BLOCK_M, BLOCK_C]
-        mask_mr = (offs_m[:, None] < last) & (offs_r[None, :] < R)
-        s = tl.load(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], mask=mask_mr, other=0.0)
+        s = tl.load(
+            s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
+            mask=(offs_m[:, None] < last) & (offs_r[None, :] < R),
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_R]
         zero = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         ds = dot(dy, b, zero, PRECISION)  # [BLOCK_M, BLOCK_R]
         db = dot(dy.T, s, db, PRECISION)  # [BLOCK_C, BLOCK_R]
-        tl.store(ds_part + offs_m[:, None] * stride_dsm + offs_r[None, :], ds, mask=mask_mr)
+        tl.store(  # zeros where rows are padded, which `sum_splits` reads
+            ds_part + offs_m[:, None] * stride_dsm + offs_r[None, :],
+            ds,
+            mask=(offs_m[:, None] < last) & (offs_r[None, :] < stride_dsm),
+        )
     db_part = db_parts_ptr + tl.program_id(1).to(tl.int64) * N * R
     tl.store(
         db_part + offs_n[:, None] * R + offs_r[None, :],

@@ -18,7 +18,7 @@ def lora_y(
     Where `adds_to_rank_product` says so, ``s B^T + bias`` is written first and cuBLAS adds ``x W0^T`` to it
     in its accumulator, so that y is rounded twice, as eager PyTorch's is.
     """
-    if adds_to_rank_product(x.shape[0], x.shape[1], x.element_size(), x.device.type):
+    if adds_to_rank_product(x.shape[0], x.element_size(), x.device.type):
         return lora_expand(s, lora_B, None, bias).addmm_(x, weight.t())
     return lora_forward(x, weight, s, lora_B, bias)
 
@@ -33,6 +33,6 @@ def lora_dx(
     beside: bool = False,
 ) -> Tensor:
     """``dx = mask * (ds A) + dy W0`` in the dtype of dy; arguments are those of `lora_grad_x`."""
-    if adds_to_rank_product(dy.shape[0], dy.shape[1], dy.element_size(), dy.device.type):
+    if adds_to_rank_product(dy.shape[0], dy.element_size(), dy.device.type):
         return lora_expand(ds, lora_A.t(), mask).addmm_(dy, weight)
     return lora_grad_x(dy, weight, ds, lora_A, mask, beside=beside)

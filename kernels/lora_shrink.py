@@ -38,7 +38,7 @@ from .reduce import sum_splits
 @triton.jit(do_not_specialize=["threshold"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, seed_ptr, scaling, threshold, keep_scale,
-    M, K, R, depth, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
+    M, K, R, depth, columns, stride_xm, stride_xk, stride_ar, stride_ak, stride_sm,
     SCALING_IS_TENSOR: tl.constexpr, SCALING_PER_RANK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     R_VECTOR: tl.constexpr, AK_VECTOR: tl.constexpr, SM_VECTOR: tl.constexpr,
@@ -48,6 +48,7 @@ def _lora_shrink_kernel(
 
     Grid: ``(cdiv(M, BLOCK_M), splits)``; a program takes its rows over ``depth`` of K, a multiple of
     BLOCK_K, and writes their keep bits too. With more than one split, ``s`` are fp32 parts of the sum.
+    ``columns`` are those to be written: R, or a row with its padding, which is zeros then.
     """
     let_next_kernel_start(PDL)
     R, stride_sm = multiple(R, R_VECTOR), multiple(stride_sm, SM_VECTOR)
@@ -92,7 +93,7 @@ def _lora_shrink_kernel(
     tl.store(
         part_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
         acc.to(s_ptr.dtype.element_ty),
-        mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
+        mask=(offs_m[:, None] < M) & (offs_r[None, :] < columns),
     )
 
 
@@ -118,14 +119,14 @@ def _plan(
     if small and product_columns and runs_beside(M, product_columns, num_sms):
         c = shrink_beside_config(M, num_sms)
     else:
-        c = shrink_config(dtype.itemsize, R, precision, has_dropout, a_dtype.itemsize)
+        c = shrink_config(M, R, dtype.itemsize, num_sms, precision, has_dropout, a_dtype.itemsize)
     splits = shrink_splits(M, K, c.BLOCK_M, c.BLOCK_K, num_sms) if may_split else 1
     depth = cdiv(cdiv(K, splits), c.BLOCK_K) * c.BLOCK_K
     splits = cdiv(K, depth)
     a_strides = strides((R, K), a_stride)
     return splits, Launch(
         _lora_shrink_kernel, (cdiv(M, c.BLOCK_M), splits), device,
-        M, K, R, depth, *strides(shape, stride), *a_strides, s_stride,
+        M, K, R, depth, R if splits == 1 else s_stride, *strides(shape, stride), *a_strides, s_stride,
         fixed=True, SCALING_IS_TENSOR=scaling_kind is not None,
         SCALING_PER_RANK=scaling_kind is not None and scaling_kind[0] == 1,
         HAS_DROPOUT=has_dropout, PRECISION=precision,

@@ -45,7 +45,7 @@ from fastlora.kernels.multi_decode import lora_multi_decode
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # M, K, N, R: TMA can describe the first; of the second nothing is a multiple of anything.
-DENSE, ODD = (70, 72, 136, 8), (69, 67, 45, 3)
+DENSE, ODD = (262, 72, 136, 8), (261, 67, 45, 3)
 SETTINGS = [
     # dtype, dtype of the adapters, TF32, shape, dropout_p
     (BF16, BF16, False, DENSE, 0.0),

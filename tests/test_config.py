@@ -100,11 +100,14 @@ def test_pointer_tiles(itemsize, precision):
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_shrink_tiles(itemsize, precision, dropout):
+@pytest.mark.parametrize("M", [1, 2048, 8192])
+def test_shrink_tiles(M, itemsize, precision, dropout):
     for R in ALL_RANKS:
-        c = config.shrink_config(itemsize, R, precision, dropout)
+        c = config.shrink_config(M, R, itemsize, 132, precision, dropout)
         check_launch(c)
-        assert c.BLOCK_M <= 32, "64 rows would be a wgmma with its left operand in registers"
+        masked = "64 rows would be a wgmma with its left operand in registers"
+        assert c.BLOCK_M <= 32 or not dropout, masked
+        assert c.BLOCK_M <= 32 or M == 8192, "too few programs"
         assert c.BLOCK_K % 8 == 0, "whole Philox blocks"
         # One stage of the ring is being multiplied while the others load.
         ring = (c.num_stages - 1) * (c.BLOCK_M + rank_block(R)) * c.BLOCK_K * itemsize

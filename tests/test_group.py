@@ -219,7 +219,7 @@ def test_the_seed_is_drawn_once(device):
 
 def test_x_is_read_once_and_one_mask_is_kept(device, monkeypatch):
     calls = []
-    for name in ("lora_shrink", "lora_grad_a", "lora_grad_ab", "lora_grad_x"):
+    for name in ("lora_shrink", "lora_grad_a", "lora_grad_ab", "lora_dx"):
         kernel = getattr(autograd_group, name)
         monkeypatch.setattr(
             autograd_group,
@@ -239,7 +239,7 @@ def test_x_is_read_once_and_one_mask_is_kept(device, monkeypatch):
     assert len(masks) == 1
     reads = [name for name, t in calls if t.data_ptr() == x.data_ptr()]
     assert reads == ["lora_shrink", "lora_grad_ab"]  # s of all three, dA of all three
-    assert [name for name, _ in calls].count("lora_grad_x") == 1
+    assert [name for name, _ in calls].count("lora_dx") == 1
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
