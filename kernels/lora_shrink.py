@@ -29,6 +29,7 @@ from .config import (
 )
 from .dropout import keep_bits, unpack_bits
 from .launch import Launch, cached_plan
+from .tuned import choose
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -106,6 +107,10 @@ def _plan(
         c = shrink_beside_config(M, num_sms)
     else:
         c = shrink_config(dtype.itemsize, R, precision, has_dropout, a_dtype.itemsize)
+    c = choose(
+        "lora_shrink", c, device, dtype.itemsize, precision, R, {"M": M, "K": K}, dropout=has_dropout,
+        fp32_adapters=a_dtype != dtype, x_strided=stride[1] != 1, a_strided=a_stride[1] != 1,
+    )  # fmt: skip
     return Launch(
         _lora_shrink_kernel, (cdiv(M, c.BLOCK_M),), device,
         M, K, R, *strides(shape, stride), *strides((R, K), a_stride), s_stride,
