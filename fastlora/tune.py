@@ -81,6 +81,8 @@ def make_steps(shape: Shape, device: torch.device) -> dict[str, Step]:
     sets = sets_past_l2(M * (K + N) * dtype.itemsize, device)
     xs, dys = [draw(M, K) for _ in range(sets)], [draw(M, N) for _ in range(sets)]
     weight, A, B = (draw(*size, scale=size[1] ** -0.5) for size in ((N, K), (R, K), (N, R)))
+    adapter_dtype = shape.adapter_dtype or dtype
+    A, B = A.to(adapter_dtype), B.to(adapter_dtype)
     seed = torch.tensor(7, device=device) if p > 0 else None
     with trying({}):
         made = [lora_shrink(x, A, 1.0, p, seed) for x in xs]
@@ -99,7 +101,7 @@ def make_steps(shape: Shape, device: torch.device) -> dict[str, Step]:
         return (lora_grad_x(dys[i % sets], weight, dss[i % sets], A, made[i % sets][1]),)
 
     def da(i: int) -> tuple[Tensor | None, ...]:
-        return (lora_grad_a(xs[i % sets], dss[i % sets], made[i % sets][1], dtype),)
+        return (lora_grad_a(xs[i % sets], dss[i % sets], made[i % sets][1], adapter_dtype),)
 
     def db(i: int) -> tuple[Tensor | None, ...]:
         return lora_grad_b(dys[i % sets], made[i % sets][0], B, 1.0, p)

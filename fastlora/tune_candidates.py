@@ -42,7 +42,10 @@ MAX_ACCUMULATORS = 128
 
 @dataclass(frozen=True)
 class Shape:
-    """A linear that is tuned for: x ``[M, K]``, weight ``[N, K]``, an adapter of rank R, dropout p."""
+    """A linear that is tuned for: x ``[M, K]``, weight ``[N, K]``, an adapter of rank R, dropout p.
+
+    ``adapter_dtype`` is that of x where it is ``None``.
+    """
 
     M: int
     K: int
@@ -50,9 +53,12 @@ class Shape:
     R: int
     dtype: torch.dtype
     p: float = 0.0
+    adapter_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
+        if self.adapter_dtype not in (None, self.dtype):
+            name += f" with {str(self.adapter_dtype).removeprefix('torch.')} adapters"
         return f"{self.M} tokens, {self.K} -> {self.N}, r={self.R}, {name}, p={self.p:g}"
 
 
@@ -91,7 +97,9 @@ def candidates(asked: Asked, shared_bytes: int) -> list[dict[str, int]]:
 def _tiles(op: str, default: Values) -> Iterator[dict[str, int]]:
     space = SPACES[op]
     if op.startswith(("lora_forward", "lora_grad_x")):
-        depths = (32, 64) if "BLOCK_K" in space else (default["BLOCK_K"],)
+        # Without tensor cores, where the default's is 16, a product is unrolled: no deeper.
+        free = "BLOCK_K" in space and default["BLOCK_K"] > 16
+        depths = (32, 64) if free else (default["BLOCK_K"],)
         for (m, n, warps), k in itertools.product(_GEMM_TILES, depths):
             yield {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps}
         return

@@ -112,7 +112,7 @@ _trial: Trial | None = None
 
 def bucket(n: int) -> int:
     """The power of two nearest to n, by ratio: 4096 for 2897 to 5792."""
-    above = max(1, next_power_of_2(max(1, n)))
+    above = next_power_of_2(max(1, n))
     return above if 2 * n * n > above * above else above // 2
 
 

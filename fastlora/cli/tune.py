@@ -25,7 +25,12 @@ if TYPE_CHECKING:  # without Triton there is nothing to measure, but a file can 
 
 SUMMARY = "measure launch configurations on this GPU, and keep those that beat the defaults"
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # with TF32 products allowed
+}
 INTERRUPTED = 130
 
 T = TypeVar("T")
@@ -44,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=_list_of(_whole("a rank", 1, MAX_RANK)), default="16", metavar="R,..."
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of x and weights")
+    parser.add_argument(
+        "--adapters", choices=("same", "fp32"), default="same",
+        help="their dtype: that of x, or fp32 as PEFT keeps them",
+    )  # fmt: skip
     parser.add_argument(
         "--dropout", type=_list_of(_probability), default="0", metavar="P,...",
         help="only whether it is 0 makes a difference",
@@ -118,7 +127,9 @@ def _clear(console: Console, path: Path) -> int:
 
 def _shapes(args: argparse.Namespace) -> list[Shape]:
     every = itertools.product(args.shapes, args.tokens, args.ranks, args.dropout)
-    return [Shape(M, K, N, R, DTYPES[args.dtype], p) for (K, N), M, R, p in every]
+    adapter_dtype = torch.float32 if args.adapters == "fp32" else None
+    dtype = DTYPES[args.dtype]
+    return [Shape(M, K, N, R, dtype, p, adapter_dtype) for (K, N), M, R, p in every]
 
 
 def _describe(console: Console, args: argparse.Namespace, identity: tuned.Identity | None) -> int:
@@ -134,6 +145,7 @@ def _measure(
     console: Console, args: argparse.Namespace, device: torch.device, identity: tuned.Identity
 ) -> int:
     from fastlora.bench.clock import CudaClock
+    from fastlora.bench.workloads import tf32_products
     from fastlora.tune import Tuner, measure_on
     from fastlora.tune_file import TuneFile
 
@@ -149,7 +161,7 @@ def _measure(
     shapes = _shapes(args)
     outcomes: list[Outcome] = []
     try:
-        with Progress(
+        with tf32_products(args.dtype == "tf32"), Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
         ) as progress:  # fmt: skip
