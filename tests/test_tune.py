@@ -469,6 +469,28 @@ def test_a_second_run_measures_nothing_unless_asked(folder, monkeypatch):
     assert bench.rows()[KEY].best == DEEP
 
 
+def test_again_measures_a_class_of_calls_once_a_run(folder, monkeypatch):
+    bench = Bench(folder, monkeypatch, {})
+    bench.run()
+    tuner = bench.tuner(again=True)
+    assert [o.fresh for _ in range(2) for o in tuner.tune(SMALL)] == [True, False]
+
+
+def test_what_a_candidate_does_not_write_is_not_taken_for_the_right_numbers(folder, monkeypatch):
+    bench = Bench(folder, monkeypatch, {"BLOCK_C 256": 0.1})
+    given_out = torch.ones(4)  # memory that a pool gives out again, with the right numbers in it
+    plain = bench.step
+
+    def step(i):
+        return (given_out,) if ask().BLOCK_C == 256 else plain(i)
+
+    monkeypatch.setattr(torch, "full_like", lambda t, value: given_out.fill_(value))
+    monkeypatch.setattr(tuning, "make_steps", lambda shape, device: {"forward": step})
+    (outcome,) = bench.run()
+    assert (outcome.row.tried, outcome.row.skipped) == (1, 1)
+    assert outcome.row.best == values_of(BASE)
+
+
 def test_a_row_of_another_default_is_measured_again(folder, monkeypatch):
     bench = Bench(folder, monkeypatch, {})
     old = values_of(BASE) | {"num_stages": 2}
