@@ -1,4 +1,4 @@
-"""``python -m fastlora demo | doctor | bench``."""
+"""``python -m fastlora demo | doctor | bench | tune``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fastlora
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one subcommand a module of `fastlora.cli`."""
-    from fastlora.cli import bench, demo, doctor
+    from fastlora.cli import bench, demo, doctor, tune
 
     parser = argparse.ArgumentParser(
         prog="python -m fastlora",
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastlora {fastlora.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (demo, doctor, bench):
+    for module in (demo, doctor, bench, tune):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,

@@ -37,6 +37,7 @@ from .config import (
     runs_beside,
 )
 from .launch import Launch, cached_plan
+from .tuned import choose
 
 
 @triton.jit
@@ -149,6 +150,10 @@ def _plan(
     if has_tma(major) and precision == "tf32" and is_aligned and dense and N * itemsize % 16 == 0:
         pdl = has_pdl(device)
         c = gemm_tma_config(M, N, itemsize, num_sms, beside=runs_beside(M, N, num_sms))
+        c = choose(
+            "lora_forward_tma", c, device, itemsize, precision, R, {"M": M, "K": K, "N": N},
+            scale=has_scale, z=keep_z,
+        )  # fmt: skip
         tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
         described = b_dtype == dtype and rows_fit_tma(b_shape, b_stride, itemsize)
         described &= rows_fit_tma((M, R), (s_stride, 1), itemsize)
@@ -160,6 +165,11 @@ def _plan(
             PDL=pdl, launch_pdl=pdl, **options,
         )  # fmt: skip
     c, block_r = gemm_pointer_config(itemsize, precision), rank_step(R, itemsize)
+    c = choose(
+        "lora_forward_pointer", c, device, itemsize, precision, R, {"M": M, "K": K, "N": N},
+        scale=has_scale, z=keep_z, fp32_adapters=b_dtype != dtype,
+        x_strided=stride[1] != 1, w_strided=w_stride[1] != 1,
+    )  # fmt: skip
     return False, True, Launch(
         _lora_forward_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
         M, N, K, R, *strides(shape, stride), *strides(w_shape, w_stride),

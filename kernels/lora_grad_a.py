@@ -12,6 +12,7 @@ from .config import cdiv, grad_a_config, rank_block, vector
 from .dropout import load_keep
 from .launch import Launch, cached_plan
 from .reduce import sum_splits
+from .tuned import choose
 
 
 @triton.jit
@@ -73,6 +74,10 @@ def _plan(
     M, K = shape
     num_sms = device_properties(device)[1]
     c = grad_a_config(M, K, R, dtype.itemsize, num_sms, precision, has_dropout)
+    c = choose(
+        "lora_grad_a", c, device, dtype.itemsize, precision, R, {"M": M, "K": K},
+        dropout=has_dropout, x_strided=stride[1] != 1,
+    )  # fmt: skip
     rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
     splits = cdiv(M, rows_per_split)
     return splits, Launch(

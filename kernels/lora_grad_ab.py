@@ -19,6 +19,7 @@ from .common import (
 from .config import cdiv, grad_ab_config, rank_block, vector
 from .dropout import load_bits, unpack_bits
 from .launch import Launch, cached_plan
+from .tuned import choose
 
 
 @triton.jit
@@ -108,7 +109,11 @@ def _plan(
     precision: str,
 ) -> Launch:
     (M, K), N, num_sms = shape, dy_shape[1], device_properties(device)[1]
-    c = grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision)
+    c = choose(
+        "lora_grad_ab", grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision), device,
+        dtype.itemsize, precision, R, {"M": M, "K": K, "N": N}, dropout=has_dropout,
+        x_strided=stride[1] != 1, dy_strided=dy_stride[1] != 1,
+    )  # fmt: skip
     blocks_a = cdiv(K, c.BLOCK_C)
     return Launch(
         _lora_grad_ab_kernel, (blocks_a + cdiv(N, c.BLOCK_C),), device,

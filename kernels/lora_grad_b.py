@@ -13,6 +13,7 @@ from .launch import Launch, cached_plan
 from .lora_grad_a import lora_grad_a
 from .lora_shrink import lora_shrink
 from .reduce import sum_splits
+from .tuned import choose
 
 
 @triton.jit
@@ -82,6 +83,10 @@ def _plan(
     c = grad_b_config(M, N, R, dtype.itemsize, num_sms)
     if c is None:
         return None
+    c = choose(
+        "lora_grad_b", c, device, dtype.itemsize, precision, R, {"M": M, "N": N},
+        dy_strided=stride[1] != 1, b_strided=b_stride[1] != 1,
+    )  # fmt: skip
     rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
     splits, column_blocks = cdiv(M, rows_per_split), cdiv(N, c.BLOCK_C)
     padded = padded_columns(R, dtype.itemsize)

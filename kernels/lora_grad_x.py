@@ -30,6 +30,7 @@ from .common import (
 from .config import cdiv, gemm_boxes, gemm_pointer_config, gemm_tma_config, rank_step, vector
 from .dropout import load_keep
 from .launch import Launch, cached_plan
+from .tuned import choose
 
 
 @triton.jit
@@ -183,6 +184,11 @@ def _plan(
         if by_tma
         else gemm_pointer_config(itemsize, precision)
     )
+    c = choose(
+        "lora_grad_x_tma" if by_tma else "lora_grad_x_pointer", c, device, itemsize, precision, R,
+        {"M": M, "K": K, "N": N}, dropout=has_dropout, beside=beside, fp32_adapters=a_dtype != dtype,
+        dy_strided=stride[1] != 1, w_strided=w_stride[1] != 1,
+    )  # fmt: skip
     options: dict[str, Any] = {
         "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N, "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M,
         "num_warps": c.num_warps, "num_stages": c.num_stages, "PRECISION": precision, "fixed": True,

@@ -33,6 +33,7 @@ from .config import (
 from .dropout import keep_bits, unpack_bits
 from .launch import Launch, cached_plan
 from .reduce import sum_splits
+from .tuned import choose
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -120,6 +121,10 @@ def _plan(
         c = shrink_beside_config(M, num_sms)
     else:
         c = shrink_config(M, R, dtype.itemsize, num_sms, precision, has_dropout, a_dtype.itemsize)
+    c = choose(
+        "lora_shrink", c, device, dtype.itemsize, precision, R, {"M": M, "K": K}, dropout=has_dropout,
+        fp32_adapters=a_dtype != dtype, x_strided=stride[1] != 1, a_strided=a_stride[1] != 1,
+    )  # fmt: skip
     splits = shrink_splits(M, K, c.BLOCK_M, c.BLOCK_K, num_sms) if may_split else 1
     depth = cdiv(cdiv(K, splits), c.BLOCK_K) * c.BLOCK_K
     splits = cdiv(K, depth)

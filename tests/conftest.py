@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,10 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     # Here, before a test file imports the kernels: @triton.jit reads it when it decorates them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A developer's own measured configurations stay out of the tests.
+_CACHE = tempfile.TemporaryDirectory(prefix="fastlora-tests-")
+os.environ["FASTLORA_CACHE_DIR"] = _CACHE.name
 
 # No test reaches a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -171,6 +176,9 @@ def fresh_plans() -> None:
     launch = sys.modules.get("fastlora.kernels.launch")
     if launch is not None:
         launch.clear_plans()
+    tuned = sys.modules.get("fastlora.kernels.tuned")
+    if tuned is not None:
+        tuned.table.cache_clear()
     functional = sys.modules.get("fastlora.functional")
     if functional is not None:
         functional._known_fused.clear()

@@ -25,7 +25,7 @@ def result(error: float = 0.0, path: str = "fused") -> CheckResult:
     return CheckResult("M=1", "float32", path, {"y": error}, 1e-4)
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["demo", "doctor", "bench", "tune"])
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

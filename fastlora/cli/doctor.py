@@ -10,7 +10,9 @@ from rich.table import Table
 import fastlora
 from fastlora.cli.check import run_check, summarise
 from fastlora.cli.system import describe_machine, make_console, pick_device
+from fastlora.cli.tune import describe
 from fastlora.dispatch import Call, Decision, decide
+from fastlora.kernels import tuned
 
 SUMMARY = "print the GPU, the versions, and which path common shapes take and why"
 
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for label, value in describe_machine(device).items():
         machine.add_row(label, value)
     console.print(machine)
+    console.print(describe(tuned.table(device)), soft_wrap=True, markup=False)
 
     on_gpu = device.type == "cuda"
     table = Table(title="Which path a call takes")
