@@ -260,10 +260,9 @@ def _train_cases() -> list[TrainCase]:
     table = {(K, N) for _, K, N in TRAIN_TABLE}
     for name, shape in MODELS.items():
         cases += [
-            TrainCase(f"shape-{name}", 8192, K, N, p=p)
+            TrainCase(f"shape-{name}", 8192, K, N)
             for K, N in shape.distinct_linears()
             if (K, N) not in table
-            for p in (0.0, 0.1)
         ]
     return cases
 

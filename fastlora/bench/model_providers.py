@@ -22,7 +22,7 @@ from fastlora.bench.registry import (
 )
 from fastlora.bench.shapes import LLAMA_LINEARS
 
-_TRAINED = ("layer", "finetune")
+_TRAINED: tuple[str, ...] = ("layer", "finetune")
 
 
 class _ModelProvider(ModelProvider):
@@ -58,6 +58,7 @@ class FastloraFp32Model(FastloraModel):
     """The same with fp32 adapters, which is PEFT's default."""
 
     name, label, adapter_dtype = "fastlora-fp32", "fastlora, fp32 adapters", torch.float32
+    kinds = ("layer",)
 
 
 def _fill(llama: Llama, adapters: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -148,6 +149,7 @@ class PeftAcceleratedModel(_Accelerated):
     """PEFT with bf16 adapters after ``fastlora.accelerate``."""
 
     name, label = "peft-fastlora", "PEFT, bf16 + fastlora.accelerate"
+    kinds = ("layer",)
 
 
 @register

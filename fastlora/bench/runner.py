@@ -46,9 +46,9 @@ ATTEMPTS = 2
 """A case that ended the process this often is skipped."""
 
 
-FEWER = 0.7
+FEWER, FEWEST = 0.7, 0.4
 """Samples of a case outside of the tables as a share of theirs: 14 are enough for a comparison to show a
-change."""
+change, and 8 of a whole model, each of which takes half a second."""
 
 
 class RestartError(RuntimeError):
@@ -274,7 +274,8 @@ class Runner:
                     self._restart([result])
                 continue
             ready[contender.name], results[contender.name] = contender, result
-        repeats = self.repeats if case.tag == "table" else max(3, round(FEWER * self.repeats))
+        share = {"table": 1.0, "finetune": FEWEST}.get(case.tag, FEWER)
+        repeats = max(min(3, self.repeats), round(share * self.repeats))
         timed: dict[str, Samples]
         if not ready:
             return

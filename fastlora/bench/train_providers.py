@@ -144,6 +144,10 @@ class PeftDefault(Peft):
 
     name, label = "peft-default", "PEFT default: fp32, autocast"
 
+    def handles(self, case: Case) -> bool:
+        """Where its adapters are the case's, and the table: it is by far the slowest."""
+        return case.tag in ("table", "fp32-adapters")
+
     def make(self, problem: TrainProblem, p: float) -> Layer:
         """PEFT's layer under autocast."""
         return self._under_autocast(problem, peft_layer(problem, p, torch.float32))
@@ -165,6 +169,10 @@ class PeftAccelerated(PeftDefault):
 
     name, label = "peft-fastlora", "PEFT default + fastlora.accelerate"
 
+    def handles(self, case: Case) -> bool:
+        """Everywhere."""
+        return True
+
     def unavailable(self) -> str:
         """PEFT and a fastlora with its integration are needed."""
         return no_accelerate()
@@ -181,6 +189,10 @@ class Loralib(TrainProvider):
     """The layer of LoRA's authors."""
 
     name, label = "loralib", "loralib"
+
+    def handles(self, case: Case) -> bool:
+        """Only the table: its layer is the formula of eager PyTorch."""
+        return case.tag == "table"
 
     def unavailable(self) -> str:
         """The package is needed."""
