@@ -26,6 +26,9 @@ from fastlora.modules import MAX_RANK, lora_scaling
 
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "scaling")
 
+_AT_ONCE = 32
+"""Layers that are changed before the first of them is merged: the GPU begins while the host goes on."""
+
 
 class _Adapter(NamedTuple):
     """What a layer is to compute with, beside its frozen weight: in the order of `PARTS`."""
@@ -131,6 +134,10 @@ def _new_adapter(
     config: Mapping[str, Any] | None,
 ) -> _Adapter:
     parameters = parameter_of(layer, "lora_A"), parameter_of(layer, "lora_B")
+    if config is None:
+        given = found[keys[0]], found[keys[1]]
+        if _fits_as_it_is(given[0], parameters[0]) and _fits_as_it_is(given[1], parameters[1]):
+            return _Adapter(layer, parameters, given, None)
     settings, shapes = None, [parameter.shape for parameter in parameters]
     if config is not None:
         alpha, rslora = alpha_of(name, config)
@@ -155,6 +162,18 @@ def _new_adapter(
     return _Adapter(layer, parameters, tuple(tensors), settings)
 
 
+def _fits_as_it_is(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether there is nothing to check, cast or move, as at most switches; asked for hundreds of layers."""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cuda
+        and parameter.is_cuda
+        and tensor.dtype is parameter.dtype
+        and tensor.shape == parameter.shape
+        and tensor.get_device() == parameter.get_device()
+    )
+
+
 def _settings(layer: LoRALayer) -> tuple[int, float, bool, float]:
     return layer.r, layer.lora_alpha, layer.use_rslora, layer.scaling
 
@@ -162,22 +181,29 @@ def _settings(layer: LoRALayer) -> tuple[int, float, bool, float]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _apply(new: Sequence[_Adapter], safe: bool) -> None:
-    layers = [adapter.layer for adapter in new]
-    settings = [_settings(layer) for layer in layers]
-    values = _copies([p for adapter in new for p in adapter.parameters])
+    changed: list[_Adapter] = []
+    settings: list[tuple[int, float, bool, float]] = []
+    values: list[tuple[list[Tensor], Tensor]] = []
+    at_once = len(new) if safe else _AT_ONCE
     try:
-        _put(new)
-        if safe:  # all, before the first weight changes
-            check_finite(layers)
-        merge_anew(layers)
+        for first in range(0, len(new), at_once):
+            part = new[first : first + at_once]
+            layers = [adapter.layer for adapter in part]
+            values += _copies([p for adapter in part for p in adapter.parameters])
+            settings += [_settings(layer) for layer in layers]
+            changed += part
+            _put(part)
+            if safe:  # all, before the first weight changes
+                check_finite(layers)
+            merge_anew(layers)
     except BaseException:
         for parameters, flat in values:
             parts = torch._C._nn.unflatten_dense_tensors(flat, parameters)
             torch._foreach_copy_(parameters, parts)
-        for adapter, before in zip(new, settings, strict=True):
+        for adapter, before in zip(changed, settings, strict=True):
             adapter.layer.lora_A, adapter.layer.lora_B = adapter.parameters
             _set(adapter.layer, before)
-        merge_anew(layers)
+        merge_anew(adapter.layer for adapter in changed)
         raise
 
 

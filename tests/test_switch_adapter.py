@@ -236,8 +236,10 @@ def test_safe_refuses_and_rolls_back_rank_changes_too(state, tmp_path):
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
 
+@pytest.mark.parametrize("at_once", [1, 32])
 @pytest.mark.parametrize("state", ["device", "host"])
-def test_a_failure_while_merging_rolls_back(state, monkeypatch):
+def test_a_failure_while_merging_rolls_back(state, at_once, monkeypatch):
+    monkeypatch.setattr(fastlora.switching, "_AT_ONCE", at_once)
     model = prepare(fresh(5), state)
     before = snapshot(model)
     calls = []
