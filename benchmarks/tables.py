@@ -1,8 +1,9 @@
 """The tables and plots of README.md and docs/, from the results that are kept in ``benchmarks/results/``.
 
-``python benchmarks/tables.py h100-2026-11-25`` prints every table of a set of results, ``--write`` puts them
-between the ``<!-- tables NAME -->`` and ``<!-- end -->`` lines of the pages and draws their plots. ``--take``
-keeps new results first: ``python benchmarks/tables.py h100-2026-11-25 --take out/train out/serve --write``.
+``python benchmarks/tables.py h200-2026-11-29`` prints every table of a set of results, ``--write`` puts them
+between the ``<!-- tables NAME -->`` and ``<!-- end -->`` lines of the pages that name the set in a line
+``<!-- results SET -->``, and draws its plots. ``--take`` keeps new results first:
+``python benchmarks/tables.py h200-2026-11-29 --take out/train out/serve --write``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fastlora.bench.workloads import COPY, FORWARD, MODE_LABELS, STEP
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/performance_h100.md")
 PLOTS = ("train_graph", "serve_graph", "memory_train")
 
 PEERS = ("vLLM", "SGLang csgmv", "SGLang triton_v2")
@@ -396,6 +397,14 @@ def fill(text: str, tables: dict[str, str]) -> str:
     return pattern.sub(lambda m: f"{m[1]}\n{(tables.get(m[2]) or lacking).strip()}\n\n{m[3]}", text)
 
 
+def set_of(text: str) -> str:
+    """The set of results that a page names."""
+    found = re.search(r"<!-- results (\S+) -->", text)
+    if found is None:
+        raise SystemExit("a page must name its results: <!-- results SET -->")
+    return found[1]
+
+
 def small(picture: bytes) -> bytes:
     """A greyscale picture in 16 greys: a fifth of its size."""
     from PIL import Image  # comes with matplotlib
@@ -424,7 +433,7 @@ def draw(name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("name", help="of a set of results, such as h100-2026-11-25")
+    parser.add_argument("name", help="of a set of results, such as h200-2026-11-29")
     parser.add_argument("--take", type=Path, nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--write", action="store_true", help="rewrite the tables and plots of docs")
     args = parser.parse_args()
@@ -435,7 +444,9 @@ def main() -> None:
         raise SystemExit(f"no results {KEPT.relative_to(ROOT)}/{args.name}-*")
     if args.write:
         for page in (ROOT / page for page in PAGES):
-            page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+            text = page.read_text(encoding="utf-8")
+            if set_of(text) == args.name:
+                page.write_text(fill(text, tables), encoding="utf-8")
         draw(args.name)
     else:
         print("\n\n".join(f"## {key}\n\n{text}" for key, text in tables.items()))

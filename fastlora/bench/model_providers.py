@@ -108,6 +108,7 @@ class PeftModel(_Peft):
     """PEFT with ``autocast_adapter_dtype=False``."""
 
     name, label = "peft", "PEFT, adapters in bf16"
+    kinds = ("layer",)
 
 
 @register

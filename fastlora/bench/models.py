@@ -113,12 +113,8 @@ def build_llama(case: ModelCase, layers: int, device: torch.device, dtype: torch
     return model.requires_grad_(False).train(case.kind != "generate")
 
 
-MOST_LAYERS = 16
-"""Of a training step: twice as many take twice the time, and tell nothing more."""
-
-
 def layers_that_fit(case: ModelCase, free_bytes: int) -> int:
-    """How many decoder layers fit with the activations of PEFT's default mode; 1 to `MOST_LAYERS`.
+    """How many decoder layers fit with the activations of PEFT's default mode; at least 1.
 
     Per token and layer that mode keeps, beside the frozen model's bf16 activations, the input of each adapter
     and its dropped copy in fp32 and the mask.
@@ -133,7 +129,7 @@ def layers_that_fit(case: ModelCase, free_bytes: int) -> int:
     per_token = inputs * (4 + (4 + 1 if case.p > 0 else 0)) + 2 * (outputs + 4 * shape.hidden)
     logits = 3 * 4 * shape.vocab // shape.layers
     per_layer = weights + case.batch * case.length * (per_token + logits)
-    return max(1, min(shape.layers, MOST_LAYERS, int(_SPARE * free_bytes) // per_layer))
+    return max(1, min(shape.layers, int(_SPARE * free_bytes) // per_layer))
 
 
 class ModelWorkload(Workload):

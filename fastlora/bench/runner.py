@@ -48,7 +48,7 @@ ATTEMPTS = 2
 
 FEWER, FEWEST = 0.7, 0.4
 """Samples of a case outside of the tables as a share of theirs: 14 are enough for a comparison to show a
-change, and 8 of a whole model, each of which takes half a second."""
+change, and 8 of a whole model, a step of which takes half a second."""
 
 
 class RestartError(RuntimeError):
