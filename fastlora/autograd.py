@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastlora.kernels.common import for_tma
-from fastlora.kernels.config import decodes, dropout_threshold, keep_scale
+from fastlora.kernels.config import decodes, dropout_threshold, dx_runs_beside, keep_scale
 from fastlora.kernels.lora_decode import lora_decode
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
@@ -86,7 +86,8 @@ def fused_backward(
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     factor = factor_on(scaling, scaling_tensor, dy.device)
-    if need_x and need_a and need_b:  # dA and dB are made beside dx
+    beside = dx_runs_beside(weight.shape[1], weight.shape[0], mask is not None)
+    if need_x and need_a and need_b and beside:
         made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
         a_dtype = lora_A.dtype
         if mask is None:

@@ -6,9 +6,15 @@ import pytest
 import torch
 from kernel_checks import assert_rounded, pack, randn, unpack
 
-from fastlora import reference
+from fastlora import autograd, reference
 from fastlora.kernels import config, lora_product, lora_shrink
-from fastlora.kernels.config import adds_to_rank_product, decode_config, decodes, shrink_splits
+from fastlora.kernels.config import (
+    adds_to_rank_product,
+    decode_config,
+    decodes,
+    dx_runs_beside,
+    shrink_splits,
+)
 from fastlora.kernels.launch import clear_plans
 from fastlora.kernels.lora_decode import lora_decode
 from fastlora.kernels.lora_expand import lora_expand
@@ -141,6 +147,17 @@ def test_few_rows_are_no_further_from_fp64_than_eager(oracle, device, dtype, M, 
     K, N = (4096, 1032) if HAS_CUDA else (96, 72)
     case = oracle.make_case(M, K, N, R, dtype, device, adapter_dtype=adapter, dropout_p=p)
     oracle.check(case)
+
+
+@EACH_DTYPE
+@pytest.mark.parametrize("R", [3, 16, 40])
+def test_gradients_one_after_the_other(oracle, device, dtype, R, monkeypatch):
+    """With dropout, where dx is a short product: dB with ds, then dx, then dA."""
+    M, K, N = (8192, 4096, 1024) if HAS_CUDA else (70, 136, 24)
+    assert not dx_runs_beside(K, N, True) and dx_runs_beside(K, N, False)
+    assert dx_runs_beside(N, K, True)
+    monkeypatch.setattr(autograd, "lora_grad_ab", lambda *args: pytest.fail("beside"))
+    oracle.check(oracle.make_case(M, K, N, R, dtype, device, dropout_p=0.3))
 
 
 def test_which_way():
