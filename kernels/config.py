@@ -167,6 +167,8 @@ def decode_config(
         block_n = 16
     elif R > 32 and cdiv(N, 64) >= num_sms:
         block_n, block_k = 64, 256 // itemsize
+    if R > 32 and a_itemsize > itemsize:  # a step's cast of A is in registers
+        block_k = 128
     block_k = block_k if by_vectors else 64
     stage = ((16 + block_n) * itemsize + rank_block(R) * a_itemsize) * block_k
     room = (96 if major != 9 or R <= 32 or block_n == 64 else 200) << 10

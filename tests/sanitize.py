@@ -37,6 +37,7 @@ import fastlora.kernels
 from fastlora.kernels import common, launch
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig
+from fastlora.kernels.lora_expand import lora_expand
 from fastlora.kernels.lora_merge import lora_merge
 from fastlora.kernels.lora_shrink import lora_shrink
 from fastlora.kernels.multi_add import lora_multi_add
@@ -124,7 +125,8 @@ def calls(
             )  # fmt: skip
         with torch.no_grad():  # a sum over K in parts
             wide, deep = draw(20, 1032, dtype=dtype), draw(R, 1032, dtype=adapter)
-            lora_shrink(wide, deep, 2.0, p, seed)
+            made, mask = lora_shrink(wide, deep, 2.0, p, seed)
+            lora_expand(made, deep.t(), mask)
 
     def multi() -> None:
         stack = draw(3, R, K, dtype=adapter), draw(3, N, R, dtype=adapter)

@@ -29,7 +29,7 @@ GEMMS = {
     "_lora_multi_gemm_tma_kernel",
 }
 OPS = (
-    *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab", "expand", "decode"),
+    *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab", "expand"),
     *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
     *("embedding", "sliced", "merge", "dora_norm", "dora_grad"),
 )
@@ -37,7 +37,7 @@ NO_PRODUCT = {
     *("_sum_splits_kernel", "_lora_multi_add_kernel", "_lora_embedding_grad_a_kernel"),
     *("_dora_grad_kernel", "_lora_multi_shrink_rows_kernel"),
 }
-ONE_STEP = {"_lora_merge_kernel"}
+ONE_STEP = {"_lora_merge_kernel", "_lora_expand_kernel"}
 
 
 @pytest.fixture(scope="module")
