@@ -19,7 +19,7 @@ from fastlora.kernels.lora_decode import lora_decode
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
 from fastlora.kernels.lora_grad_b import lora_grad_b
-from fastlora.kernels.lora_product import lora_dx, lora_y
+from fastlora.kernels.lora_product import adds_frozen_product, lora_dx, lora_y
 from fastlora.kernels.lora_shrink import lora_shrink
 
 _EAGERLY = "; run this part eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
@@ -55,7 +55,7 @@ def fused_forward(
     (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
     if decodes(M, R, x.element_size(), dropout_threshold(dropout_p) > 0):
         return (*lora_decode(x, weight, lora_A, lora_B, factor, bias), None)
-    if lora_B.dtype != x.dtype:
+    if lora_B.dtype != x.dtype and not adds_frozen_product(x):
         # Before s is made: the product begins beside the kernel that makes it.
         lora_B = for_tma(lora_B, x.dtype)
     s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed, product_columns=N)
@@ -86,11 +86,12 @@ def fused_backward(
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     factor = factor_on(scaling, scaling_tensor, dy.device)
-    beside = dx_runs_beside(weight.shape[1], weight.shape[0], mask is not None)
+    (N, K), R = weight.shape, lora_B.shape[1]
+    beside = dx_runs_beside(K, N, R, mask is not None)
     if need_x and need_a and need_b and beside:
         made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
         a_dtype = lora_A.dtype
-        if mask is None:
+        if mask is None and not adds_frozen_product(dy):
             # A copy for TMA must not come between the two kernels that run side by side.
             lora_A = for_tma(lora_A, dy.dtype)
         grads = lora_grad_ab(x, made, mask, dy, s, a_dtype, lora_B.dtype)

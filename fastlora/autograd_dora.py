@@ -41,7 +41,7 @@ def fused_forward(
     """
     factor = factor_on(scaling, scaling_tensor, x.device)
     M, N = x.shape[0], weight.shape[0]
-    # In this order: the product may begin beside the launch before it, which has to be `lora_shrink`.
+    # In this order: the product may begin beside the launch before it, which has to be `lora_shrink`'s.
     # That is an ordinary launch, so g is complete before it begins.
     g, norm = dora_norm(weight, lora_A, lora_B, magnitude, factor)
     if lora_B.dtype != x.dtype:

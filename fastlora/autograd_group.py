@@ -89,8 +89,8 @@ def fused_backward(
     one below the other, and each dB; ``None`` where not needed. x may be ``None`` where no dA is needed,
     and s where no dB is.
 
-    dx is the widest projection's product with the ranks of all in its accumulator, to which the other
-    products are added one by one, each time rounded: n roundings, where n separate linears have 2 n - 1.
+    dx is the widest projection's product with the ranks of all, to which the other products are added one
+    by one, each time rounded: n roundings, n + 1 of few rows, where n separate linears have 2 n - 1.
     """
     n = len(starts)
     weights, lora_As, lora_Bs = (tensors[k * n : (k + 1) * n] for k in (1, 2, 3))

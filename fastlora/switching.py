@@ -181,8 +181,7 @@ def _settings(layer: LoRALayer) -> tuple[int, float, bool, float]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _apply(new: Sequence[_Adapter], safe: bool) -> None:
-    changed: list[_Adapter] = []
-    settings: list[tuple[int, float, bool, float]] = []
+    changed: list[tuple[_Adapter, tuple[int, float, bool, float]]] = []
     values: list[tuple[list[Tensor], Tensor]] = []
     at_once = len(new) if safe else _AT_ONCE
     try:
@@ -190,20 +189,19 @@ def _apply(new: Sequence[_Adapter], safe: bool) -> None:
             part = new[first : first + at_once]
             layers = [adapter.layer for adapter in part]
             values += _copies([p for adapter in part for p in adapter.parameters])
-            settings += [_settings(layer) for layer in layers]
-            changed += part
+            changed += [(adapter, _settings(adapter.layer)) for adapter in part]
             _put(part)
             if safe:  # all, before the first weight changes
                 check_finite(layers)
             merge_anew(layers)
     except BaseException:
-        for parameters, flat in values:
+        for parameters, flat in reversed(values):  # layers may share a Parameter
             parts = torch._C._nn.unflatten_dense_tensors(flat, parameters)
             torch._foreach_copy_(parameters, parts)
-        for adapter, before in zip(changed, settings, strict=True):
+        for adapter, before in changed:
             adapter.layer.lora_A, adapter.layer.lora_B = adapter.parameters
             _set(adapter.layer, before)
-        merge_anew(adapter.layer for adapter in changed)
+        merge_anew(adapter.layer for adapter, _ in changed)
         raise
 
 

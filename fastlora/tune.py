@@ -28,7 +28,7 @@ from fastlora.bench.stats import Spread, spread
 from fastlora.kernels.config import keep_scale
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_b import lora_grad_b
-from fastlora.kernels.lora_grad_x import lora_grad_x
+from fastlora.kernels.lora_product import lora_dx
 from fastlora.kernels.lora_shrink import lora_shrink
 from fastlora.kernels.tuned import Asked, Row, Values, trying, values_of
 from fastlora.tune_candidates import STEPS, Shape, candidates, describe_changes
@@ -98,7 +98,7 @@ def make_steps(shape: Shape, device: torch.device) -> dict[str, Step]:
         )
 
     def dx(i: int) -> tuple[Tensor | None, ...]:
-        return (lora_grad_x(dys[i % sets], weight, dss[i % sets], A, made[i % sets][1]),)
+        return (lora_dx(dys[i % sets], weight, dss[i % sets], A, made[i % sets][1]),)
 
     def da(i: int) -> tuple[Tensor | None, ...]:
         return (lora_grad_a(xs[i % sets], dss[i % sets], made[i % sets][1], adapter_dtype),)

@@ -423,8 +423,9 @@ def grad_ab_config(
 ) -> ReduceConfig:
     """Config of the launch that makes dA and dB while dx is computed beside it.
 
-    A program takes a few columns over all rows, so that nothing is left to be summed; all programs are on
-    the GPU at once, and small enough for the GEMM to fit beside two of them. It may be slow, for it has the
+    A program takes a few columns over all rows, so that nothing is left to be summed. Up to rank 32 all
+    programs are on the GPU at once, and small enough for the GEMM to fit beside two of them; above, beside
+    one of them, above 128 beside none. It may be slow, for it has the
     time of the GEMM: 8192 tokens, 4096 -> 4096, rank 16: 54 us alone, of which dx beside it hides some 35.
     Larger ranks read as much of ds and s as of x and dy, which wants more loads on their way: us of both
     kernels on one H200, with two stages in brackets: rank 64 388 (392), 128 438 (545), 256 463 (588).
@@ -441,13 +442,14 @@ def grad_ab_config(
     return ReduceConfig(64, block_c, 1, num_warps=4, num_stages=3 if block_c > 32 else 4)
 
 
-def dx_runs_beside(K: int, N: int, dropout: bool) -> bool:
+def dx_runs_beside(K: int, N: int, R: int, dropout: bool) -> bool:
     """Whether dA and dB are made beside dx, rather than dB with ds in one read of dy, then dx, then dA.
 
-    Not where dx is a short product beside much to read of x and its mask: 8192 tokens, 4096 -> 1024, p = 0.1
-    took 203 us beside it and 178 in turn on an H100, without dropout 153 and 157.
+    Not where dx is a short product beside much to read of x and its mask, for ranks of which one read is
+    enough (`grad_b_config`): 8192 tokens, 4096 -> 1024, rank 16, p = 0.1 took 203 us beside it and 178 in
+    turn on an H100, without dropout 153 and 157.
     """
-    return not dropout or 4 * N > K
+    return not dropout or R > 32 or 4 * N > K
 
 
 def dora_grad_config(M: int, N: int, itemsize: int, num_sms: int) -> ReduceConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,11 +16,11 @@ from .common import (
     dot_precision,
     empty_rows,
     load_scaling,
+    multiple,
     padded_columns,
-    rows_fit_tma,
     strides,
 )
-from .config import cdiv, decode_config, rank_block
+from .config import cdiv, decode_config, rank_block, vector
 from .launch import Launch, cached_plan
 
 
@@ -28,6 +30,7 @@ def _lora_decode_kernel(
     M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak,
     stride_bn, stride_br, stride_sm,
     SCALING_IS_TENSOR: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``s = scaling * x A^T`` and ``y = x W^T + s B^T + bias``. Grid: one program for BLOCK_N columns of y.
@@ -35,6 +38,8 @@ def _lora_decode_kernel(
     Every program makes s for itself: A comes from L2, in the time in which W comes from memory. B is on
     its way before the stream begins. The first program writes s, for the gradient of B.
     """
+    K, stride_xm = multiple(K, VECTOR), multiple(stride_xm, VECTOR)
+    stride_wn, stride_ar = multiple(stride_wn, VECTOR), multiple(stride_ar, VECTOR)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -100,15 +105,16 @@ def _plan(
 ) -> Launch:
     (M, K), N = shape, w_shape[0]
     major, num_sms = device_properties(device)
-    by_vectors = rows_fit_tma(shape, stride, itemsize)
-    by_vectors &= rows_fit_tma(w_shape, w_stride, itemsize) and a_stride[1] == 1
+    step = math.gcd(vector(K), stride[0], w_stride[0], a_stride[0])
+    dense = stride[1] == w_stride[1] == a_stride[1] == 1
+    by_vectors = dense and step * itemsize % 16 == 0
     c = decode_config(N, R, (itemsize, a_itemsize), by_vectors, num_sms, major)
     return Launch(
         _lora_decode_kernel, (cdiv(N, c.BLOCK_N),), device,
         M, N, K, R, *strides(shape, stride), *strides(w_shape, w_stride),
         *strides((R, K), a_stride), *strides((N, R), b_stride), padded_columns(R, itemsize),
         fixed=True, SCALING_IS_TENSOR=scaling_dtype is not None, HAS_BIAS=dtypes[-1] is not None,
-        PRECISION=precision,
+        PRECISION=precision, VECTOR=step if by_vectors else 1,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip

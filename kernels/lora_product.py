@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .config import adds_to_rank_product
@@ -10,15 +11,27 @@ from .lora_forward import lora_forward
 from .lora_grad_x import lora_grad_x
 
 
+def adds_frozen_product(x: Tensor) -> bool:
+    """Whether cuBLAS adds the frozen product of x, or of dy, to LoRA's share.
+
+    Never where PyTorch may only run what is deterministic: it then refuses cuBLAS without a setting of its
+    workspace, which the fused GEMM does not need.
+    """
+    return (
+        adds_to_rank_product(x.shape[0], x.element_size(), x.device.type)
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
 def lora_y(
     x: Tensor, weight: Tensor, s: Tensor, lora_B: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """``y = x W0^T + s B^T + bias`` in the dtype of x, contiguous; arguments are those of `lora_forward`.
 
-    Where `adds_to_rank_product` says so, ``s B^T + bias`` is written first and cuBLAS adds ``x W0^T`` to it
-    in its accumulator, so that y is rounded twice, as eager PyTorch's is.
+    Where `adds_frozen_product` says so, ``s B^T + bias`` is written first and cuBLAS adds ``x W0^T`` to it,
+    so that y is rounded twice, as eager PyTorch's is.
     """
-    if adds_to_rank_product(x.shape[0], x.element_size(), x.device.type):
+    if adds_frozen_product(x):
         return lora_expand(s, lora_B, None, bias).addmm_(x, weight.t())
     return lora_forward(x, weight, s, lora_B, bias)
 
@@ -32,7 +45,10 @@ def lora_dx(
     *,
     beside: bool = False,
 ) -> Tensor:
-    """``dx = mask * (ds A) + dy W0`` in the dtype of dy; arguments are those of `lora_grad_x`."""
-    if adds_to_rank_product(dy.shape[0], dy.element_size(), dy.device.type):
+    """``dx = mask * (ds A) + dy W0`` in the dtype of dy; arguments are those of `lora_grad_x`.
+
+    Rounded once or twice, as y is by `lora_y`.
+    """
+    if adds_frozen_product(dy):
         return lora_expand(ds, lora_A.t(), mask).addmm_(dy, weight)
     return lora_grad_x(dy, weight, ds, lora_A, mask, beside=beside)

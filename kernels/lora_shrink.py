@@ -117,13 +117,14 @@ def _plan(
     """The number of splits and the launch."""
     (M, K), num_sms = shape, device_properties(device)[1]
     small = dtype.itemsize == 2 and R <= 32
-    if small and product_columns and runs_beside(M, product_columns, num_sms):
+    beside = small and product_columns > 0 and runs_beside(M, product_columns, num_sms)
+    if beside:
         c = shrink_beside_config(M, num_sms)
     else:
         c = shrink_config(M, R, dtype.itemsize, num_sms, precision, has_dropout, a_dtype.itemsize)
     c = choose(
         "lora_shrink", c, device, dtype.itemsize, precision, R, {"M": M, "K": K}, dropout=has_dropout,
-        fp32_adapters=a_dtype != dtype, x_strided=stride[1] != 1, a_strided=a_stride[1] != 1,
+        fp32_adapters=a_dtype != dtype, x_strided=stride[1] != 1, a_strided=a_stride[1] != 1, beside=beside,
     )  # fmt: skip
     splits = shrink_splits(M, K, c.BLOCK_M, c.BLOCK_K, num_sms) if may_split else 1
     depth = cdiv(cdiv(K, splits), c.BLOCK_K) * c.BLOCK_K

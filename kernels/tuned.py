@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -21,8 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-
-from fastlora._version import __version__
 
 from .config import LaunchConfig, ReduceConfig, cdiv, next_power_of_2, rank_block
 
@@ -62,7 +61,8 @@ class Identity:
     name: str
     capability: str
     triton: str
-    fastlora: str
+    kernels: str
+    """`kernels_hash` of the sources that were measured."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,15 @@ def forget() -> None:
     clear_plans()
 
 
+@functools.cache
+def kernels_hash() -> str:
+    """The sources of the kernels and of their configurations, as 12 hexadecimal digits."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def identify(device: torch.device) -> Identity | None:
     """What runs there; ``None`` off CUDA, and for Triton's interpreter."""
     if device.type != "cuda":
@@ -222,7 +231,7 @@ def identify(device: torch.device) -> Identity | None:
     if knobs.runtime.interpret:
         return None
     p = torch.cuda.get_device_properties(device)
-    return Identity(p.name, f"{p.major}.{p.minor}", triton.__version__, __version__)
+    return Identity(p.name, f"{p.major}.{p.minor}", triton.__version__, kernels_hash())
 
 
 def cache_folder() -> Path:

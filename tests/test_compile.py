@@ -183,8 +183,8 @@ def test_loads_are_pipelined(products):
 
 def test_no_wgmma_reads_a_changed_operand_from_registers(rows):
     # ptxas before 13.3 can miscompile that inside a pipelined loop (triton#9433).
-    dropout = [row for row in rows if row["dropout"]]
-    assert not without(dropout, lambda row: row["register_wgmma"] == 0, "register_wgmma")
+    changed = [row for row in rows if row["dropout"] or row["kernel"] == "_lora_shrink_kernel"]
+    assert not without(changed, lambda row: row["register_wgmma"] == 0, "register_wgmma")
 
 
 def test_no_wgmma_of_a_gemm_is_serialized(rows):

@@ -258,6 +258,34 @@ def test_a_failure_while_merging_rolls_back(state, at_once, monkeypatch):
     assert same(snapshot(model), before)
 
 
+def test_a_failure_restores_a_parameter_that_layers_share(monkeypatch):
+    monkeypatch.setattr(fastlora.switching, "_AT_ONCE", 1)
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3))).eval()
+    fastlora.inject(model, ("0", "1", "2"), r=2, lora_alpha=4)
+    model[1].lora_A = model[2].lora_A = model[0].lora_A
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    fastlora.merge(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    write, calls = type(model[0])._write_merged, []
+
+    def fail_at_the_last(self, source, target):
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError
+        write(self, source, target)
+
+    monkeypatch.setattr(type(model[0]), "_write_merged", fail_at_the_last)
+    new = {f"{i}.{part}": torch.randn(2, 8) if part == "lora_A" else torch.randn(8, 2)
+           for i in range(3) for part in ("lora_A", "lora_B")}  # fmt: skip
+    with pytest.raises(MemoryError):
+        switch_adapter(model, new)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], p) for n, p in before.items())
+
+
 def test_safe_asks_the_device_once(monkeypatch):
     model = prepare(fresh(5), "device")
     asked = []

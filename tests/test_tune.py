@@ -291,7 +291,7 @@ def test_two_processes_at_once_lose_no_row(folder):
     env = os.environ | {"PYTHONPATH": str(Path(fastlora.__file__).parents[1])}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, GPU.name, GPU.triton, GPU.fastlora, mine], env=env
+            [sys.executable, "-c", WRITER, GPU.name, GPU.triton, GPU.kernels, mine], env=env
         )
         for mine in ("one", "two")
     ]
@@ -344,7 +344,7 @@ def test_a_small_shape_on_the_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
     tuned.forget()
     device = torch.device("cuda", torch.cuda.current_device())
-    M, K, N, R = 256, 256, 512, 16
+    M, K, N, R = 512, 256, 512, 16
     x = torch.randn(M, K, device=device, dtype=torch.bfloat16, requires_grad=True)
     W = torch.randn(N, K, device=device, dtype=torch.bfloat16) * K**-0.5
     A = torch.randn(R, K, device=device, dtype=torch.bfloat16).mul_(K**-0.5).requires_grad_()

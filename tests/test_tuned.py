@@ -39,7 +39,7 @@ from fastlora.kernels.config import ReduceConfig
 from fastlora.kernels.tuned import Asked, values_of
 from fastlora.tune import difference
 
-SHRINK_KEY = "lora_shrink 16-bit r16 M64 K128"
+SHRINK_KEY = "lora_shrink 16-bit r16 M64 K128 beside"
 
 
 # The table.
@@ -132,7 +132,7 @@ BAD_FILES = [
     *(
         (content(gpu=dataclasses.asdict(dataclasses.replace(GPU, **{name: "other"}))),
          f"measured with {name} 'other', here it is")
-        for name in ("name", "capability", "triton", "fastlora")
+        for name in ("name", "capability", "triton", "kernels")
     ),
 ]  # fmt: skip
 
