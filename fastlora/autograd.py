@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastlora.kernels.common import for_tma
-from fastlora.kernels.config import decodes, dropout_threshold, dx_runs_beside, keep_scale
+from fastlora.kernels.config import decodes, dropout_threshold, keep_scale
 from fastlora.kernels.lora_decode import lora_decode
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
@@ -86,9 +86,7 @@ def fused_backward(
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     factor = factor_on(scaling, scaling_tensor, dy.device)
-    (N, K), R = weight.shape, lora_B.shape[1]
-    beside = dx_runs_beside(K, N, R, mask is not None)
-    if need_x and need_a and need_b and beside:
+    if need_x and need_a and need_b:  # dA and dB are made beside dx
         made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
         a_dtype = lora_A.dtype
         if mask is None and not adds_frozen_product(dy):

@@ -90,7 +90,7 @@ def fused_backward(
     and s where no dB is.
 
     dx is the widest projection's product with the ranks of all, to which the other products are added one
-    by one, each time rounded: n roundings, n + 1 of few rows, where n separate linears have 2 n - 1.
+    by one, each time rounded: n roundings, or n + 1 by cuBLAS alone, where n separate linears have 2 n - 1.
     """
     n = len(starts)
     weights, lora_As, lora_Bs = (tensors[k * n : (k + 1) * n] for k in (1, 2, 3))

@@ -139,14 +139,17 @@ def decodes(M: int, R: int, itemsize: int, dropout: bool) -> bool:
     return M <= DECODE_ROWS and R <= 64 and itemsize == 2 and not dropout
 
 
-def adds_to_rank_product(M: int, itemsize: int, device_type: str) -> bool:
-    """Whether cuBLAS adds the frozen product to LoRA's share in y or dx, which few rows make cheap to read.
+def adds_to_rank_product(M: int, itemsize: int, device_type: str, captured: bool) -> bool:
+    """Whether cuBLAS adds the frozen product to LoRA's share in y or dx.
 
-    us on one H200 in a CUDA graph, weights cold, beside those of the TMA GEMM and of eager PyTorch: y of 64
-    rows, 4096 -> 4096: 19.6, 29.2 and 25.0; of 256 rows 25.6, 30.8 and 33.1; 64 rows, 4096 -> 14336: 39.4,
-    49.6 and 46.8. A backward of 64 rows: 21.4, 31.5 and 31.3.
+    In fp32, where no kernel here comes near it: 8192 tokens, 4096 -> 4096, forward and backward took 3.1
+    times the floor with TF32 and 2.5 times without on one H200, eager PyTorch 1.38 and 1.07. And of few
+    rows in a CUDA graph; us on one H200, weights cold, beside those of the TMA GEMM and of eager PyTorch:
+    y of 64 rows, 4096 -> 4096: 19.6, 29.2 and 25.0; of 256 rows 25.6, 30.8 and 33.1; 64 rows, 4096 ->
+    14336: 39.4, 49.6 and 46.8; a backward of 64 rows: 21.4, 31.5 and 31.3. Eager, few rows are the host's
+    time, and it has two launches more (64 tokens, both passes: 1.0 ms, and 0.8 of eager PyTorch).
     """
-    return device_type == "cuda" and itemsize == 2 and M <= FEW_ROWS
+    return device_type == "cuda" and (itemsize == 4 or (captured and M <= FEW_ROWS))
 
 
 def decode_config(
@@ -238,7 +241,10 @@ def shrink_config(
 
 
 def shrink_splits(M: int, K: int, block_m: int, block_k: int, num_sms: int) -> int:
-    """Into how many sums over K `lora_shrink` is split: for few rows, whose programs would leave SMs idle."""
+    """Into how many sums over K `lora_shrink` is split: for few rows, whose programs would leave SMs idle.
+
+    One more launch adds them, so that it is not asked where the host's time counts.
+    """
     blocks = cdiv(M, block_m)
     if 8 * blocks > num_sms:
         return 1
@@ -423,12 +429,13 @@ def grad_ab_config(
 ) -> ReduceConfig:
     """Config of the launch that makes dA and dB while dx is computed beside it.
 
-    A program takes a few columns over all rows, so that nothing is left to be summed. Up to rank 32 all
+    A program takes a few columns over all rows, so that nothing is left to be summed. Up to rank 16 all
     programs are on the GPU at once, and small enough for the GEMM to fit beside two of them; above, beside
-    one of them, above 128 beside none. It may be slow, for it has the
+    one of them at most. It may be slow, for it has the
     time of the GEMM: 8192 tokens, 4096 -> 4096, rank 16: 54 us alone, of which dx beside it hides some 35.
     Larger ranks read as much of ds and s as of x and dy, which wants more loads on their way: us of both
     kernels on one H200, with two stages in brackets: rank 64 388 (392), 128 438 (545), 256 463 (588).
+    Rank 32, the whole backward: 470 us, with the tiles of rank 16 494.
     """
     if precision == "ieee" and itemsize == 4:
         return ReduceConfig(16, 32, 1, num_warps=4, num_stages=2)
@@ -439,17 +446,9 @@ def grad_ab_config(
         return ReduceConfig(32, min(block_c, 64), 1, num_warps=4, num_stages=2)
     if R > 32:
         return ReduceConfig(32, 64, 1, num_warps=4 if R <= 128 else 8, num_stages=4)
+    if R > 16 and cdiv(K, 64) + cdiv(N, 64) <= num_sms:
+        return ReduceConfig(128, 64, 1, num_warps=4, num_stages=4)
     return ReduceConfig(64, block_c, 1, num_warps=4, num_stages=3 if block_c > 32 else 4)
-
-
-def dx_runs_beside(K: int, N: int, R: int, dropout: bool) -> bool:
-    """Whether dA and dB are made beside dx, rather than dB with ds in one read of dy, then dx, then dA.
-
-    Not where dx is a short product beside much to read of x and its mask, for ranks of which one read is
-    enough (`grad_b_config`): 8192 tokens, 4096 -> 1024, rank 16, p = 0.1 took 203 us beside it and 178 in
-    turn on an H100, without dropout 153 and 157.
-    """
-    return not dropout or R > 32 or 4 * N > K
 
 
 def dora_grad_config(M: int, N: int, itemsize: int, num_sms: int) -> ReduceConfig:
