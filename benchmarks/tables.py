@@ -32,6 +32,7 @@ KEPT = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/performance.md", "docs/performance_h100.md")
 PLOTS = ("train_graph", "serve_graph", "memory_train")
 
+PEER_GPU = "H100"
 PEERS = ("vLLM", "SGLang csgmv", "SGLang triton_v2")
 PEER_US = {
     (16, 16, 4096, 4096): (8.9, 23.9, 25.7, 17.3),
@@ -214,10 +215,14 @@ def serve(results: Results) -> str:
         behind += us > 1.01 * min(peers)
         row = [case.title, us_of(floor), f"{us_of(mine)} ({ratio(results, mine)})"]
         rows.append([*row, f"{base:g}", *(f"{p:g} ({p / base:.2f})" for p in peers)])
-    header = ["rows", "base, us", "fastlora, us", "base of the peers' run", *PEERS]
+    same = all(PEER_GPU in run["machine"]["GPU"] for run in results.runs)
+    peers_base = "base of the peers' run" + ("" if same else f", {PEER_GPU}")
+    header = ["rows", "base, us", "fastlora, us", peers_base, *PEERS]
     words = (
         f"\n\nfastlora is more than 1 % slower than the fastest of the three peers in {behind} of "
         f"{measured} rows."
+        if same
+        else f"\n\nThe peers ran on an {PEER_GPU}: their times are not to be compared with these."
     )
     lacking = missing(serve_cases("table"), results, FORWARD)
     return table(header, rows) + words + lacking

@@ -147,7 +147,8 @@ def adds_to_rank_product(M: int, itemsize: int, device_type: str, captured: bool
     rows in a CUDA graph; us on one H200, weights cold, beside those of the TMA GEMM and of eager PyTorch:
     y of 64 rows, 4096 -> 4096: 19.6, 29.2 and 25.0; of 256 rows 25.6, 30.8 and 33.1; 64 rows, 4096 ->
     14336: 39.4, 49.6 and 46.8; a backward of 64 rows: 21.4, 31.5 and 31.3. Eager, few rows are the host's
-    time, and it has two launches more (64 tokens, both passes: 1.0 ms, and 0.8 of eager PyTorch).
+    time, and it has four launches
+    more (64 tokens, both passes: 1.0 ms, where eager PyTorch took 0.8).
     """
     return device_type == "cuda" and (itemsize == 4 or (captured and M <= FEW_ROWS))
 
@@ -425,7 +426,7 @@ def grad_a_config(
 
 
 def grad_ab_config(
-    K: int, N: int, R: int, itemsize: int, num_sms: int, precision: str
+    K: int, N: int, R: int, itemsize: int, num_sms: int, precision: str, dropout: bool = False
 ) -> ReduceConfig:
     """Config of the launch that makes dA and dB while dx is computed beside it.
 
@@ -435,7 +436,7 @@ def grad_ab_config(
     time of the GEMM: 8192 tokens, 4096 -> 4096, rank 16: 54 us alone, of which dx beside it hides some 35.
     Larger ranks read as much of ds and s as of x and dy, which wants more loads on their way: us of both
     kernels on one H200, with two stages in brackets: rank 64 388 (392), 128 438 (545), 256 463 (588).
-    Rank 32, the whole backward: 470 us, with the tiles of rank 16 494.
+    Rank 32 without dropout, the whole backward: 470 us, with the tiles of rank 16 494.
     """
     if precision == "ieee" and itemsize == 4:
         return ReduceConfig(16, 32, 1, num_warps=4, num_stages=2)
@@ -446,7 +447,7 @@ def grad_ab_config(
         return ReduceConfig(32, min(block_c, 64), 1, num_warps=4, num_stages=2)
     if R > 32:
         return ReduceConfig(32, 64, 1, num_warps=4 if R <= 128 else 8, num_stages=4)
-    if R > 16 and cdiv(K, 64) + cdiv(N, 64) <= num_sms:
+    if R > 16 and not dropout and cdiv(K, 64) + cdiv(N, 64) <= num_sms:
         return ReduceConfig(128, 64, 1, num_warps=4, num_stages=4)
     return ReduceConfig(64, block_c, 1, num_warps=4, num_stages=3 if block_c > 32 else 4)
 

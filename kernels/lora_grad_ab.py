@@ -110,7 +110,7 @@ def _plan(
 ) -> Launch:
     (M, K), N, num_sms = shape, dy_shape[1], device_properties(device)[1]
     c = choose(
-        "lora_grad_ab", grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision), device,
+        "lora_grad_ab", grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision, has_dropout), device,
         dtype.itemsize, precision, R, {"M": M, "K": K, "N": N}, dropout=has_dropout,
         x_strided=stride[1] != 1, dy_strided=dy_stride[1] != 1,
     )  # fmt: skip
