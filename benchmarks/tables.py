@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -420,13 +419,8 @@ def small(picture: bytes) -> bytes:
 
 
 def draw(name: str) -> None:
-    """The README's plot and the suite's own, as ``docs/CARD_*.png``: the name of the set up to its date."""
+    """The suite's plots, as ``docs/CARD_*.png``: the name of the set up to its date."""
     card = name.partition("-")[0]
-    data, picture = KEPT / f"{name}-train.jsonl", ROOT / "docs" / f"{card}_lora_linear.png"
-    if data.exists():
-        script = ROOT / "benchmarks" / "plot_bench.py"
-        subprocess.run([sys.executable, str(script), str(data), str(picture)], check=True)
-        picture.write_bytes(small(picture.read_bytes()))
     for suite in SUITE_TABLES:
         path = KEPT / f"{name}-{suite}.jsonl"
         if not path.exists():
