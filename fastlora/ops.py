@@ -7,6 +7,7 @@ registers them where Triton can be imported.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,30 @@ from fastlora.kernels.config import cdiv, dropout_threshold
 def or_empty(t: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An output that is not there, as the empty tensor that an op must return for it."""
     return like.new_empty((0,), dtype=dtype) if t is None else t
+
+
+def fake_mask(x: Tensor, dropout_p: float) -> Tensor:
+    """The packed mask of x ``[M, K]`` as fake kernels give it, empty without dropout."""
+    M, K = x.shape
+    shape = (M, cdiv(K, 8)) if dropout_threshold(dropout_p) > 0 else (0,)
+    return x.new_empty(shape, dtype=torch.uint8)
+
+
+def fake_gradients(
+    dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dx ``[M, K]``, dA and dB as fake kernels give them, each empty unless it is needed."""
+    need_x, need_a, need_b = needs
+    return (
+        dy.new_empty((dy.shape[0], weight.shape[1]) if need_x else (0,)),
+        lora_A.new_empty(lora_A.shape) if need_a else dy.new_empty((0,)),
+        lora_B.new_empty(lora_B.shape) if need_b else dy.new_empty((0,)),
+    )
+
+
+def needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """What an op gave, with ``None`` again where a gradient is not needed."""
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 @torch.library.custom_op(
@@ -52,12 +77,9 @@ def _(
     scaling: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M, K = x.shape
+    M = x.shape[0]
     y = x.new_empty((M, weight.shape[0]))
-    s = empty_rows(M, lora_A.shape[0], x.dtype, x.device)
-    has_mask = dropout_threshold(dropout_p) > 0
-    mask = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if has_mask else None
-    return y, s, or_empty(mask, x, torch.uint8)
+    return y, empty_rows(M, lora_A.shape[0], x.dtype, x.device), fake_mask(x, dropout_p)
 
 
 @torch.library.custom_op(
@@ -90,17 +112,11 @@ def _(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (M, _), K = dy.shape, weight.shape[1]
-    dx = dy.new_empty((M, K)) if need_x else None
-    da = lora_A.new_empty(lora_A.shape) if need_a else None
-    db = lora_B.new_empty(lora_B.shape) if need_b else None
-    return or_empty(dx, dy), or_empty(da, dy), or_empty(db, dy)
+    return fake_gradients(dy, weight, lora_A, lora_B, (need_x, need_a, need_b))
 
 
 def _backward_op(*args: Any) -> tuple[Tensor | None, ...]:
-    needs = args[-3:]
-    grads = lora_linear_backward(*args)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    return needed(lora_linear_backward(*args), args[-3:])
 
 
 def _gradients(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:

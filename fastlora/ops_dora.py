@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlora.autograd import no_double_backward
 from fastlora.autograd_dora import fused_backward, fused_forward, gradients, setup_context
 from fastlora.kernels.common import empty_rows
-from fastlora.ops import or_empty
+from fastlora.ops import needed, or_empty
 
 _Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -92,9 +92,7 @@ def _(
 
 
 def _backward_op(*args: Any) -> tuple[Tensor | None, ...]:
-    needs = (*args[-4:], args[9] is not None)
-    grads = dora_linear_backward(*args)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    return needed(dora_linear_backward(*args), (*args[-4:], args[9] is not None))
 
 
 def _gradients(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,7 @@ from fastlora.autograd_embedding import (
     traced_grad_a,
 )
 from fastlora.kernels.common import empty_rows
-from fastlora.ops import or_empty
+from fastlora.ops import needed, or_empty
 
 
 @torch.library.custom_op(
@@ -79,9 +79,7 @@ def _(
 
 
 def _backward_op(*args: Any) -> tuple[Tensor | None, ...]:
-    *_, need_ds, need_db = args
-    ds, db = lora_embedding_backward(*args)
-    return ds if need_ds else None, db if need_db else None
+    return needed(lora_embedding_backward(*args), args[-2:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -17,8 +17,7 @@ from fastlora.autograd_group import (
     stacked,
 )
 from fastlora.kernels.common import empty_rows
-from fastlora.kernels.config import cdiv, dropout_threshold
-from fastlora.ops import or_empty
+from fastlora.ops import fake_mask, needed, or_empty
 
 
 @torch.library.custom_op(
@@ -49,12 +48,10 @@ def _(
     has_bias: list[bool],
     tensors: list[Tensor],
 ) -> list[Tensor]:
-    (M, K), n = x.shape, len(has_bias)
+    M, n = x.shape[0], len(has_bias)
     ys = [x.new_empty((M, weight.shape[0])) for weight in tensors[:n]]
     s = empty_rows(M, sum(b.shape[1] for b in tensors[2 * n : 3 * n]), x.dtype, x.device)
-    has_mask = dropout_threshold(dropout_p) > 0
-    mask = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if has_mask else None
-    return [*ys, s, or_empty(mask, x, torch.uint8)]
+    return [*ys, s, fake_mask(x, dropout_p)]
 
 
 @torch.library.custom_op(
@@ -97,11 +94,10 @@ def _(
     return [or_empty(grad, dy) for grad in (dx, da, *dbs)]
 
 
-def _backward_op(*args: Any) -> list[Tensor | None]:
+def _backward_op(*args: Any) -> tuple[Tensor | None, ...]:
     *shared, need_x, need_as, need_bs = args[:9]
     grads = lora_linear_group_backward(*shared, need_x, need_as, need_bs, list(args[9:]))
-    needs = (need_x, any(need_as), *need_bs)
-    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return needed(grads, (need_x, any(need_as), *need_bs))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

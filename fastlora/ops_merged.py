@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fastlora.autograd import no_double_backward
 from fastlora.autograd_merged import fused_backward, fused_forward, gradients, keep
-from fastlora.kernels.config import cdiv, dropout_threshold
-from fastlora.ops import or_empty
+from fastlora.ops import fake_gradients, fake_mask, needed, or_empty
 
 
 def _pairs(bounds: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -48,11 +47,9 @@ def _(
     dropout_p: float,
     bounds: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M, K = x.shape
+    M = x.shape[0]
     s = x.new_empty((len(bounds) // 2, M, lora_B.shape[1]))
-    has_mask = dropout_threshold(dropout_p) > 0
-    mask = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if has_mask else None
-    return x.new_empty((M, weight.shape[0])), s, or_empty(mask, x, torch.uint8)
+    return x.new_empty((M, weight.shape[0])), s, fake_mask(x, dropout_p)
 
 
 @torch.library.custom_op(
@@ -74,17 +71,11 @@ def lora_merged_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor,
 def _(
     dy: Tensor, x: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *_, need_x, need_a, need_b = args
-    dx = dy.new_empty((dy.shape[0], weight.shape[1])) if need_x else None
-    da = lora_A.new_empty(lora_A.shape) if need_a else None
-    db = lora_B.new_empty(lora_B.shape) if need_b else None
-    return or_empty(dx, dy), or_empty(da, dy), or_empty(db, dy)
+    return fake_gradients(dy, weight, lora_A, lora_B, args[-3:])
 
 
 def _backward_op(*args: Any) -> tuple[Tensor | None, ...]:
-    needs = args[-3:]
-    grads = lora_merged_linear_backward(*args)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    return needed(lora_merged_linear_backward(*args), args[-3:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

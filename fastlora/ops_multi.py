@@ -14,8 +14,7 @@ from fastlora.adapters import Routing
 from fastlora.autograd import no_double_backward
 from fastlora.autograd_multi import fused_backward, fused_forward, gradients, keep
 from fastlora.kernels.common import empty_rows
-from fastlora.kernels.config import cdiv, dropout_threshold
-from fastlora.ops import or_empty
+from fastlora.ops import fake_gradients, fake_mask, needed, or_empty
 from fastlora.routing_ops import TABLES, tables_op, unflattened
 
 
@@ -58,11 +57,9 @@ def _(
     need_s: bool,
     tables: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M, K = x.shape
+    M = x.shape[0]
     s = empty_rows(M, lora_A.shape[1], x.dtype, x.device) if need_s else None
-    has_mask = dropout_threshold(dropout_p) > 0
-    mask = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if has_mask else None
-    return x.new_empty((M, weight.shape[0])), or_empty(s, x), or_empty(mask, x, torch.uint8)
+    return x.new_empty((M, weight.shape[0])), or_empty(s, x), fake_mask(x, dropout_p)
 
 
 @torch.library.custom_op(
@@ -97,16 +94,11 @@ def _(
     need_b: bool,
     tables: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = dy.new_empty((dy.shape[0], weight.shape[1])) if need_x else None
-    da = lora_A.new_empty(lora_A.shape) if need_a else None
-    db = lora_B.new_empty(lora_B.shape) if need_b else None
-    return or_empty(dx, dy), or_empty(da, dy), or_empty(db, dy)
+    return fake_gradients(dy, weight, lora_A, lora_B, (need_x, need_a, need_b))
 
 
 def _backward_op(*args: Any) -> tuple[Tensor | None, ...]:
-    *_, need_x, need_a, need_b, _ = args
-    dx, da, db = lora_linear_multi_backward(*args)
-    return dx if need_x else None, da if need_a else None, db if need_b else None
+    return needed(lora_linear_multi_backward(*args), args[-4:-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels.common import empty_rows
-from fastlora.kernels.config import cdiv, dropout_threshold
 from fastlora.kernels.lora_shrink import lora_shrink
-from fastlora.ops import or_empty
+from fastlora.ops import fake_mask, or_empty
 
 
 @torch.library.custom_op(
@@ -29,10 +28,7 @@ def shrink_op(
 
 @shrink_op.register_fake
 def _(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    M, K = x.shape
-    has_mask = dropout_threshold(dropout_p) > 0
-    mask = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if has_mask else None
-    return empty_rows(M, lora_A.shape[0], x.dtype, x.device), or_empty(mask, x, torch.uint8)
+    return empty_rows(x.shape[0], lora_A.shape[0], x.dtype, x.device), fake_mask(x, dropout_p)
 
 
 def shrink(
