@@ -139,18 +139,18 @@ def decodes(M: int, R: int, itemsize: int, dropout: bool) -> bool:
     return M <= DECODE_ROWS and R <= 64 and itemsize == 2 and not dropout
 
 
-def adds_to_rank_product(M: int, itemsize: int, device_type: str, captured: bool) -> bool:
+def adds_to_rank_product(M: int, itemsize: int, device_type: str) -> bool:
     """Whether cuBLAS adds the frozen product to LoRA's share in y or dx.
 
     In fp32, where no kernel here comes near it: 8192 tokens, 4096 -> 4096, forward and backward took 3.1
-    times the floor with TF32 and 2.5 times without on one H200, eager PyTorch 1.38 and 1.07. And of few
-    rows in a CUDA graph; us on one H200, weights cold, beside those of the TMA GEMM and of eager PyTorch:
-    y of 64 rows, 4096 -> 4096: 19.6, 29.2 and 25.0; of 256 rows 25.6, 30.8 and 33.1; 64 rows, 4096 ->
-    14336: 39.4, 49.6 and 46.8; a backward of 64 rows: 21.4, 31.5 and 31.3. Eager, few rows are the host's
-    time, and it has four launches
-    more (64 tokens, both passes: 1.0 ms, where eager PyTorch took 0.8).
+    times the floor with TF32 and 2.5 times without on one H200, eager PyTorch 1.38 and 1.07. And of few rows:
+    us on one H200 in a CUDA graph, weights cold, beside those of the TMA GEMM and of eager PyTorch: y of 64
+    rows, 4096 -> 4096: 19.6, 29.2 and 25.0; of 256 rows 25.6, 30.8 and 33.1; 64 rows, 4096 -> 14336: 39.4,
+    49.6 and 46.8; a backward of 64 rows: 21.4, 31.5 and 31.3. Called eagerly that is four launches more, on a
+    slow host 1.2 times eager PyTorch; a rule that asks whether a graph is captured would meet kernels
+    there that no warm-up had compiled.
     """
-    return device_type == "cuda" and (itemsize == 4 or (captured and M <= FEW_ROWS))
+    return device_type == "cuda" and (itemsize == 4 or M <= FEW_ROWS)
 
 
 def decode_config(
@@ -242,10 +242,7 @@ def shrink_config(
 
 
 def shrink_splits(M: int, K: int, block_m: int, block_k: int, num_sms: int) -> int:
-    """Into how many sums over K `lora_shrink` is split: for few rows, whose programs would leave SMs idle.
-
-    One more launch adds them, so that it is not asked where the host's time counts.
-    """
+    """Into how many sums over K `lora_shrink` is split: for few rows, whose programs would leave SMs idle."""
     blocks = cdiv(M, block_m)
     if 8 * blocks > num_sms:
         return 1

@@ -216,11 +216,6 @@ def _side_stream(device: torch.device) -> Any:
     return stream(device, priority=-1)  # of a pool that other streams are rarely from
 
 
-def is_captured(device: torch.device) -> bool:
-    """Whether what is launched now goes into a CUDA graph: the host's time does not count then."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class Aside:
     """While a CUDA graph is captured, a branch of it: its block may run beside what follows, until `join`.
 
@@ -229,7 +224,7 @@ class Aside:
 
     def __init__(self, device: torch.device) -> None:
         """A branch on a device, if it is capturing."""
-        captured = is_captured(device)
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._current: Any = torch.cuda.current_stream(device) if captured else None
         self._side: Any = _side_stream(device) if captured else None
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .config import adds_to_rank_product
-from .launch import is_captured
 from .lora_expand import lora_expand
 from .lora_forward import lora_forward
 from .lora_grad_x import lora_grad_x
@@ -19,7 +18,7 @@ def adds_frozen_product(x: Tensor) -> bool:
     workspace, which the fused GEMM does not need.
     """
     return (
-        adds_to_rank_product(x.shape[0], x.element_size(), x.device.type, is_captured(x.device))
+        adds_to_rank_product(x.shape[0], x.element_size(), x.device.type)
         and not torch.are_deterministic_algorithms_enabled()
     )
 

@@ -31,7 +31,7 @@ from .config import (
     vector,
 )
 from .dropout import keep_bits, unpack_bits
-from .launch import Launch, cached_plan, is_captured
+from .launch import Launch, cached_plan
 from .reduce import sum_splits
 from .tuned import choose
 
@@ -179,7 +179,7 @@ def lora_shrink(
         padded_columns(R, x.dtype.itemsize) if out is None else out.stride(0), x.device,
         (scaling.dim(), scaling.dtype) if isinstance(scaling, Tensor) else None, has_dropout,
         dot_precision(x.dtype),
-        product_columns, out is None and is_captured(x.device),
+        product_columns, out is None,
     )  # fmt: skip
     s = empty_rows(M, R, x.dtype, x.device) if out is None else out
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None

@@ -40,7 +40,7 @@ OPS = {
     "lora_grad_a": ("dA alone", {"BLOCK_M": 32, "BLOCK_C": 64}),
     "lora_grad_b": ("dB alone", {"BLOCK_M": 32, "BLOCK_C": 64}),
 }
-# On a GPU up to 256 rows of 16 bits take launches that are not tuned, in a CUDA graph.
+# On a GPU up to 256 rows of 16 bits take launches that are not tuned.
 SMALL = Shape(270 if torch.cuda.is_available() else 70, 72, 136, 16, torch.bfloat16)
 
 
