@@ -89,7 +89,7 @@ def fused_backward(
     if need_x and need_a and need_b:  # dA and dB are made beside dx
         made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
         a_dtype = lora_A.dtype
-        if mask is None and not adds_frozen_product(dy):
+        if mask is None and not adds_frozen_product(dy, backward=True):
             # A copy for TMA must not come between the two kernels that run side by side.
             lora_A = for_tma(lora_A, dy.dtype)
         grads = lora_grad_ab(x, made, mask, dy, s, a_dtype, lora_B.dtype)

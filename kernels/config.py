@@ -1,7 +1,7 @@
 """Launch decisions: pure functions of shape, dtype and architecture. No tensors, no Triton.
 
-Figures are from one H100 (triton 3.6.0, torch 2.11+cu130, bf16); an architecture with no row of its own
-gets the pointer rows, whose shared memory fits every GPU since sm_80.
+Figures are from one H100, where they name no H200 (triton 3.6.0, torch 2.11+cu130, bf16); an architecture
+with no row of its own gets the pointer rows, whose shared memory fits every GPU since sm_80.
 """
 
 from __future__ import annotations
@@ -139,29 +139,33 @@ def decodes(M: int, R: int, itemsize: int, dropout: bool) -> bool:
     return M <= DECODE_ROWS and R <= 64 and itemsize == 2 and not dropout
 
 
-def adds_to_rank_product(M: int, itemsize: int, device_type: str) -> bool:
+def adds_to_rank_product(M: int, itemsize: int, device_type: str, fused_fp32: bool) -> bool:
     """Whether cuBLAS adds the frozen product to LoRA's share in y or dx.
 
-    In fp32, where no kernel here comes near it: 8192 tokens, 4096 -> 4096, forward and backward took 3.1
-    times the floor with TF32 and 2.5 times without on one H200, eager PyTorch 1.38 and 1.07. And of few rows:
-    us on one H200 in a CUDA graph, weights cold, beside those of the TMA GEMM and of eager PyTorch: y of 64
-    rows, 4096 -> 4096: 19.6, 29.2 and 25.0; of 256 rows 25.6, 30.8 and 33.1; 64 rows, 4096 -> 14336: 39.4,
-    49.6 and 46.8; a backward of 64 rows: 21.4, 31.5 and 31.3. Called eagerly that is four launches more, on a
-    slow host 1.2 times eager PyTorch; a rule that asks whether a graph is captured would meet kernels
-    there that no warm-up had compiled.
+    In fp32, unless ``fused_fp32``: 8192 tokens, 4096 -> 4096 on one H200, forward 3.8 times the floor (eager
+    PyTorch 1.06), both passes 2.5 (1.07). A forward in TF32 is fused: 1.07 (1.33); its dx, whose weight wgmma
+    would have to turn round, is not: both passes 3.1 (1.38).
+
+    And of few rows in 16 bit: us on one H200 in a CUDA graph, weights cold, beside those of the TMA GEMM and
+    of eager PyTorch: y of 64 rows, 4096 -> 4096: 19.6, 29.2 and 25.0; of 256 rows 25.6, 30.8 and 33.1; 64
+    rows, 4096 -> 14336: 39.4, 49.6 and 46.8; a backward of 64 rows: 21.4, 31.5 and 31.3. Called eagerly that
+    is four launches more for both passes, on a slow host 1.2 times eager PyTorch for a step and up to 1.4
+    for forward alone; a rule that asks whether a graph is captured would meet kernels there that no warm-up
+    had compiled.
     """
-    return device_type == "cuda" and (itemsize == 4 or M <= FEW_ROWS)
+    few = M <= FEW_ROWS if itemsize == 2 else not fused_fp32
+    return device_type == "cuda" and few
 
 
 def decode_config(
     N: int, R: int, itemsizes: tuple[int, int], by_vectors: bool, num_sms: int, major: int
 ) -> LaunchConfig:
-    """Tiles of `lora_decode`: as much of W on its way as shared memory holds, 99 KB but on Hopper.
+    """Tiles of `lora_decode`: W is on its way in 96 KB of shared memory, in 200 of Hopper's for larger ranks.
 
     ``itemsizes`` are those of x and of A. us of 16 rows on one H200 in a CUDA graph, weights cold, in
     brackets cuBLAS without LoRA: rank 16, 4096 -> 4096 13.4 (12.9), with four warps, which repeat each
     other's product with A, 20; -> 1024 9.5 (8.0), with 32 columns 12.2; -> 14336 36.0 (30.4); 14336 -> 4096
-    36.8 (32.2). Rank 64, 4096 -> 4096 14.1 (13.3); -> 14336 33.0 (30.2), with 32 columns above 37. Rows that
+    36.8 (32.2). Rank 64, 4096 -> 4096 14.1 (13.3); -> 14336 33.0 (30.2), with 32 columns 45.8. Rows that
     cannot be loaded by vectors come through registers, which a short step spares.
     """
     itemsize, a_itemsize = itemsizes
@@ -432,7 +436,7 @@ def grad_ab_config(
     one of them at most. It may be slow, for it has the
     time of the GEMM: 8192 tokens, 4096 -> 4096, rank 16: 54 us alone, of which dx beside it hides some 35.
     Larger ranks read as much of ds and s as of x and dy, which wants more loads on their way: us of both
-    kernels on one H200, with two stages in brackets: rank 64 388 (392), 128 438 (545), 256 463 (588).
+    kernels on one H200, with the tiles before in brackets: rank 64 388 (409), 128 438 (545), 256 463 (588).
     Rank 32 without dropout, the whole backward: 470 us, with the tiles of rank 16 494.
     """
     if precision == "ieee" and itemsize == 4:

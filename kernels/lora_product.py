@@ -11,14 +11,15 @@ from .lora_forward import lora_forward
 from .lora_grad_x import lora_grad_x
 
 
-def adds_frozen_product(x: Tensor) -> bool:
-    """Whether cuBLAS adds the frozen product of x, or of dy, to LoRA's share.
+def adds_frozen_product(x: Tensor, *, backward: bool = False) -> bool:
+    """Whether cuBLAS adds the frozen product of x, or in ``backward`` of dy, to LoRA's share.
 
     Never where PyTorch may only run what is deterministic: it then refuses cuBLAS without a setting of its
     workspace, which the fused GEMM does not need.
     """
+    fused_fp32 = not backward and torch.backends.cuda.matmul.allow_tf32
     return (
-        adds_to_rank_product(x.shape[0], x.element_size(), x.device.type)
+        adds_to_rank_product(x.shape[0], x.element_size(), x.device.type, fused_fp32)
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -49,6 +50,6 @@ def lora_dx(
 
     Rounded once or twice, as y is by `lora_y`.
     """
-    if adds_frozen_product(dy):
+    if adds_frozen_product(dy, backward=True):
         return lora_expand(ds, lora_A.t(), mask).addmm_(dy, weight)
     return lora_grad_x(dy, weight, ds, lora_A, mask, beside=beside)

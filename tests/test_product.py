@@ -47,7 +47,7 @@ if HAS_CUDA:
 @pytest.fixture
 def added(monkeypatch):
     """cuBLAS, or torch's product on the CPU, adds to the rank product whatever the sizes."""
-    monkeypatch.setattr(lora_product, "adds_frozen_product", lambda x: True)
+    monkeypatch.setattr(lora_product, "adds_frozen_product", lambda x, **backward: True)
 
 
 @pytest.fixture
@@ -161,10 +161,13 @@ def test_which_way():
     assert not decodes(1, 65, 2, False)
     assert not decodes(1, 16, 4, False)
     assert not decodes(1, 16, 2, True)
-    assert adds_to_rank_product(1, 2, "cuda") and adds_to_rank_product(256, 2, "cuda")
-    assert not adds_to_rank_product(257, 2, "cuda")
-    assert adds_to_rank_product(8192, 4, "cuda")
-    assert not adds_to_rank_product(64, 2, "cpu") and not adds_to_rank_product(64, 4, "cpu")
+    for fused_fp32 in (False, True):
+        assert adds_to_rank_product(1, 2, "cuda", fused_fp32)
+        assert adds_to_rank_product(256, 2, "cuda", fused_fp32)
+        assert not adds_to_rank_product(257, 2, "cuda", fused_fp32)
+        assert adds_to_rank_product(8192, 4, "cuda", fused_fp32) == (not fused_fp32)
+        assert not adds_to_rank_product(64, 2, "cpu", fused_fp32)
+    assert not adds_to_rank_product(64, 4, "cpu", False)
 
 
 def test_no_cublas_where_only_deterministic_algorithms_may_run(device):
