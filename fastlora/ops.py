@@ -39,7 +39,7 @@ def fake_mask(x: Tensor, dropout_p: float) -> Tensor:
 def fake_gradients(
     dy: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dx ``[M, K]``, dA and dB as fake kernels give them, each empty unless it is needed."""
+    """The gradients dx ``[M, K]``, dA and dB as fake kernels give them, empty where not needed."""
     need_x, need_a, need_b = needs
     return (
         dy.new_empty((dy.shape[0], weight.shape[1]) if need_x else (0,)),

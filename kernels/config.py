@@ -153,8 +153,8 @@ def adds_to_rank_product(M: int, itemsize: int, device_type: str, fused_fp32: bo
     for forward alone; a rule that asks whether a graph is captured would meet kernels there that no warm-up
     had compiled.
     """
-    few = M <= FEW_ROWS if itemsize == 2 else not fused_fp32
-    return device_type == "cuda" and few
+    faster = M <= FEW_ROWS if itemsize == 2 else not fused_fp32
+    return device_type == "cuda" and faster
 
 
 def decode_config(

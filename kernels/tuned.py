@@ -2,8 +2,8 @@
 
 A row says: where `config` chooses ``default`` for such a call, choose ``best``. It applies nowhere else, so
 that a row never meets tiles that it was not measured against, and a changed default leaves it idle.
-`python -m fastlora tune` writes the file; without one, or with one that is not exactly for this GPU and these
-versions, every launch has its default.
+`python -m fastlora tune` writes the file; without one, or with one that is not exactly for this GPU, this
+Triton and these kernels, every launch has its default.
 """
 
 from __future__ import annotations

@@ -72,10 +72,16 @@ class TrainProvider(Provider):
     suite = "train"
     same_mask: ClassVar[bool] = False
     """Whether its dropout mask is that of `fastlora.reference`; if not, it is checked without dropout."""
+    tags: ClassVar[tuple[str, ...]] = ()
+    """Of the cases that it takes part in; empty: all."""
 
     @abstractmethod
     def make(self, problem: TrainProblem, p: float) -> Layer:
         """The layer on the problem's weight, lora_A and lora_B, with dropout ``p``, in training mode."""
+
+    def handles(self, case: Case) -> bool:
+        """Whether the case has one of its tags."""
+        return not self.tags or case.tag in self.tags
 
 
 class ServeProvider(Provider):

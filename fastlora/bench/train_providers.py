@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlora
-from fastlora.bench.cases import Case
 from fastlora.bench.problems import TrainProblem
 from fastlora.bench.registry import (
     Layer,
@@ -73,10 +72,7 @@ class Eager(TrainProvider):
 
 class _Compiled(Eager):
     mode: str | None = None
-
-    def handles(self, case: Case) -> bool:
-        """Only the table: compiling takes longer than everything else of a case."""
-        return case.tag == "table"
+    tags = ("table",)  # compiling takes longer than everything else of a case
 
     def make(self, problem: TrainProblem, p: float) -> Layer:
         """The eager formula, compiled for this shape alone, as a training job would have it."""
@@ -143,10 +139,7 @@ class PeftDefault(Peft):
     """PEFT as it comes: fp32 adapters, and the autocast that a trainer puts around the model."""
 
     name, label = "peft-default", "PEFT default: fp32, autocast"
-
-    def handles(self, case: Case) -> bool:
-        """Where its adapters are the case's, and the table: it is by far the slowest."""
-        return case.tag in ("table", "fp32-adapters")
+    tags: ClassVar[tuple[str, ...]] = ("table", "fp32-adapters")  # by far the slowest
 
     def make(self, problem: TrainProblem, p: float) -> Layer:
         """PEFT's layer under autocast."""
@@ -168,10 +161,7 @@ class PeftAccelerated(PeftDefault):
     """PEFT's default layer after ``fastlora.accelerate``."""
 
     name, label = "peft-fastlora", "PEFT default + fastlora.accelerate"
-
-    def handles(self, case: Case) -> bool:
-        """Everywhere."""
-        return True
+    tags = ()
 
     def unavailable(self) -> str:
         """PEFT and a fastlora with its integration are needed."""
@@ -189,10 +179,7 @@ class Loralib(TrainProvider):
     """The layer of LoRA's authors."""
 
     name, label = "loralib", "loralib"
-
-    def handles(self, case: Case) -> bool:
-        """Only the table: its layer is the formula of eager PyTorch."""
-        return case.tag == "table"
+    tags = ("table",)  # its layer is the formula of eager PyTorch
 
     def unavailable(self) -> str:
         """The package is needed."""

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fastlora.bench.cases import DTYPES
 from fastlora.cli.system import make_console, pick_device
 from fastlora.kernels import tuned
 from fastlora.kernels.config import MAX_RANK
@@ -25,12 +26,6 @@ if TYPE_CHECKING:  # without Triton there is nothing to measure, but a file can 
 
 SUMMARY = "measure launch configurations on this GPU, and keep those that beat the defaults"
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "tf32": torch.float32,  # with TF32 products allowed
-}
 INTERRUPTED = 130
 
 T = TypeVar("T")
