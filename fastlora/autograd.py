@@ -19,6 +19,7 @@ from fastlora.kernels.lora_decode import lora_decode
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
 from fastlora.kernels.lora_grad_b import lora_grad_b
+from fastlora.kernels.lora_one_pass import fits_one_pass, lora_one_pass
 from fastlora.kernels.lora_product import adds_frozen_product, lora_dx, lora_y
 from fastlora.kernels.lora_shrink import lora_shrink
 
@@ -53,8 +54,11 @@ def fused_forward(
     """
     factor = factor_on(scaling, scaling_tensor, x.device)
     (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
-    if decodes(M, R, x.element_size(), dropout_threshold(dropout_p) > 0):
+    has_dropout = dropout_threshold(dropout_p) > 0
+    if decodes(M, R, x.element_size(), has_dropout):
         return (*lora_decode(x, weight, lora_A, lora_B, factor, bias), None)
+    if not has_dropout and fits_one_pass(x, weight, R):
+        return (*lora_one_pass(x, weight, lora_A, lora_B, factor, bias)[:2], None)
     if lora_B.dtype != x.dtype and not adds_frozen_product(x):
         # Before s is made: the product begins beside the kernel that makes it.
         lora_B = for_tma(lora_B, x.dtype)
@@ -86,7 +90,11 @@ def fused_backward(
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     factor = factor_on(scaling, scaling_tensor, dy.device)
-    if need_x and need_a and need_b:  # dA and dB are made beside dx
+    need_all = need_x and need_a and need_b
+    if need_all and mask is None and fits_one_pass(dy, weight, s.shape[1], backward=True):
+        made_x, made, ready = lora_one_pass(dy, weight, lora_A, lora_B, factor, backward=True)
+        return made_x, *lora_grad_ab(x, made, None, dy, s, lora_A.dtype, lora_B.dtype, ready)
+    if need_all:  # dA and dB are made beside dx
         made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
         a_dtype = lora_A.dtype
         if mask is None and not adds_frozen_product(dy, backward=True):

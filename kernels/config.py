@@ -427,9 +427,16 @@ def grad_a_config(
 
 
 def grad_ab_config(
-    K: int, N: int, R: int, itemsize: int, num_sms: int, precision: str, dropout: bool = False
+    K: int,
+    N: int,
+    R: int,
+    itemsize: int,
+    num_sms: int,
+    precision: str,
+    dropout: bool = False,
+    after: bool = False,
 ) -> ReduceConfig:
-    """Config of the launch that makes dA and dB while dx is computed beside it.
+    """Config of the launch that makes dA and dB while dx is computed beside it, begun before or ``after`` it.
 
     A program takes a few columns over all rows, so that nothing is left to be summed. Up to rank 16 all
     programs are on the GPU at once, and small enough for the GEMM to fit beside two of them; above, beside
@@ -444,6 +451,8 @@ def grad_ab_config(
     block_c = 32
     while cdiv(K, block_c) + cdiv(N, block_c) > 2 * num_sms and block_c < 128:
         block_c *= 2
+    if after and block_c == 128 and R <= 32:  # would have no room beside the GEMM
+        return ReduceConfig(64, 64, 1, num_warps=4, num_stages=3)
     if itemsize == 4:
         return ReduceConfig(32, min(block_c, 64), 1, num_warps=4, num_stages=2)
     if R > 32:

@@ -74,6 +74,16 @@ def cases() -> list[Case]:
     }  # rows that TMA cannot address, sizes that no tile divides
     few = {"M": 1024}  # fewer tiles than SMs
     found = [
+        Case("one_pass", 90),
+        Case("one_pass", 90, R=32),
+        Case("one_pass", 90, dtype="fp16", R=64, bias=True),
+        Case("one_pass", 90, bias=True, tensor_scaling=True, **few),
+        Case("one_pass_back", 90),
+        Case("one_pass_back", 90, R=32),
+        Case("one_pass_back", 90, dtype="fp16", R=64),
+        Case("one_pass_back", 90, R=8, fp32_adapters=True, **few),
+        Case("one_pass", 90, R=128),
+        Case("one_pass_back", 90, R=256),
         Case("forward", 90),
         Case("forward", 90, R=16, bias=True, **few),
         Case("forward", 90, R=64, fp32_adapters=True),
@@ -343,6 +353,12 @@ def call(case: Case) -> None:
         ),
         "decode": lambda: modules["lora_decode"].lora_decode(
             x, w, lora_A, lora_B, scaling, new((N,), dtype=dtype) if case.bias else None
+        ),
+        "one_pass": lambda: modules["lora_one_pass"].lora_one_pass(
+            x, w, lora_A, lora_B, scaling, new((N,), dtype=dtype) if case.bias else None
+        ),
+        "one_pass_back": lambda: modules["lora_one_pass"].lora_one_pass(
+            dy, w, lora_A, lora_B, scaling, backward=True
         ),
         "grad_x": lambda: modules["lora_grad_x"].lora_grad_x(dy, w, s, lora_A, mask),
         "grad_x_beside": lambda: modules["lora_grad_x"].lora_grad_x(

@@ -38,7 +38,9 @@ from fastlora.kernels import common, launch
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig
 from fastlora.kernels.lora_expand import lora_expand
+from fastlora.kernels.lora_grad_ab import lora_grad_ab
 from fastlora.kernels.lora_merge import lora_merge
+from fastlora.kernels.lora_one_pass import lora_one_pass
 from fastlora.kernels.lora_shrink import lora_shrink
 from fastlora.kernels.multi_add import lora_multi_add
 from fastlora.kernels.multi_decode import lora_multi_decode
@@ -128,6 +130,17 @@ def calls(
             made, mask = lora_shrink(wide, deep, 2.0, p, seed)
             lora_expand(made, deep.t(), mask)
 
+    def one_pass() -> None:
+        if p > 0 or dtype is F32 or not common.has_tma(device_properties(x.device)[0]):
+            return
+        rows, wide, dy = (draw(*size, dtype=dtype) for size in ((300, 328), (392, 328), (300, 392)))
+        down, up = draw(R, 328, dtype=adapter), draw(392, R, dtype=adapter)
+        y, s, _ = lora_one_pass(rows, wide, down, up, scaling, draw(392, dtype=dtype))
+        dx, ds, ready = lora_one_pass(dy, wide, down, up, scaling, backward=True)
+        grads = lora_grad_ab(rows, ds, None, dy, s, adapter, adapter, ready)
+        if not all(bool(torch.isfinite(t).all()) for t in (y, s, dx, ds, *grads)):
+            raise RuntimeError("not finite: one_pass")
+
     def multi() -> None:
         stack = draw(3, R, K, dtype=adapter), draw(3, N, R, dtype=adapter)
         ids = torch.arange(M, device=DEVICE) % 4 - 1
@@ -187,7 +200,7 @@ def calls(
         turned = weight.t().contiguous().t()
         lora_merge(turned, a.detach(), b.detach(), 0.5, out=turned)
 
-    yield from (linear, few_rows, multi, merged, embedding, dora, merge)
+    yield from (linear, few_rows, one_pass, multi, merged, embedding, dora, merge)
 
 
 def run(word: str = "") -> collections.Counter[str]:

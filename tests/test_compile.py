@@ -24,6 +24,7 @@ FULLY_COVERED = (80, 90)
 GEMMS = {
     "_lora_forward_tma_kernel",
     "_lora_forward_sliced_tma_kernel",
+    "_lora_one_pass_tma_kernel",
     "_lora_grad_x_tma_kernel",
     "_lora_grad_x_dropout_kernel",
     "_lora_multi_gemm_tma_kernel",
