@@ -174,6 +174,6 @@ def lora_grad_ab(
     )  # fmt: skip
     da = torch.empty((R, K), dtype=a_dtype, device=x.device)
     db = torch.empty((N, R), dtype=b_dtype, device=x.device)
-    marks, ticket = (None, 0) if ready is None else ready
+    marks, ticket = (None, 0) if ready is None else ready[:2]
     launch(x, ds, mask, da, dy, s, db, marks, ticket)
     return da, db

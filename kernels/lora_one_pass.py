@@ -50,6 +50,8 @@ class Ready(NamedTuple):
     marks: Tensor
     """int64, one for each tile's rows of s; all of them have to be ``ticket``."""
     ticket: int
+    read: tuple[Tensor, ...]
+    """What `lora_one_pass` still reads: the next kernel must not be given its memory to write to."""
 
 
 @triton.jit
@@ -298,4 +300,4 @@ def lora_one_pass(
         x, weight, down, s, up, y, s, marks, bias,
         scaling if isinstance(scaling, Tensor) else float(scaling), ticket,
     )  # fmt: skip
-    return y, s, Ready(marks, ticket)
+    return y, s, Ready(marks, ticket, (lora_A, lora_B))
