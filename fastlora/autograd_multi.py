@@ -46,6 +46,13 @@ def _blocks(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
     return (*_rows(routing), routing.block_starts(MULTI_BLOCK_M))
 
 
+def _tables(routing: Routing, tiles: tuple[str, LaunchConfig | None]) -> None:
+    """Make the product's table before s: launched early, it waits for the kernel before it alone."""
+    kind, c = tiles
+    if c is not None and kind not in FEW:
+        routing.tile_slots(c.BLOCK_M)
+
+
 def _product(
     x: Tensor,
     weight: Tensor,
@@ -93,6 +100,7 @@ def fused_forward(
     without dropout. The gradient of lora_B is what needs s.
     """
     tiles = multi_gemm_tiles(x, weight, lora_A.shape[1])
+    _tables(routing, tiles)
     in_parts = tiles[0] in FEW and not need_s  # backward wants s as one tensor
     aside = Aside(x.device) if tiles[0] == "add" else None
     mask = None
@@ -135,14 +143,16 @@ def fused_backward(
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     dx = da = db = ds = None
+    turned = weight.t()
+    if need_x:
+        tiles = multi_gemm_tiles(dy, turned, lora_A.shape[1], mask is not None)
+        _tables(routing, tiles)
     if need_x or need_a:
         ds, _ = lora_multi_shrink(
             dy, lora_B.transpose(1, 2), scaling, ranks, _blocks(routing), MULTI_BLOCK_M,
             factor=keep_scale(dropout_p),
         )  # fmt: skip
     if need_x and ds is not None:
-        turned = weight.t()
-        tiles = multi_gemm_tiles(dy, turned, lora_A.shape[1], mask is not None)
         dx = _product(dy, turned, ds, lora_A.transpose(1, 2), ranks, routing, tiles, mask=mask)
     if need_a and ds is not None:
         da = lora_multi_grad(

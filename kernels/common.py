@@ -41,7 +41,7 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Row and column of an output tile, ``GROUP_M`` rows at a time so that operands stay in L2."""
     per_group = GROUP_M * tiles_n
     first_m = (tile // per_group) * GROUP_M
-    group = min(tiles_m - first_m, GROUP_M)
+    group = tl.minimum(tiles_m - first_m, GROUP_M)
     return first_m + (tile % per_group) % group, (tile % per_group) // group
 
 

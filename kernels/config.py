@@ -7,7 +7,7 @@ with no row of its own gets the pointer rows, whose shared memory fits every GPU
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PHILOX_ROUNDS = 7
 """Rounds of Philox-4x32, for the kernels and for the reference.
@@ -302,6 +302,20 @@ def multi_gemm_tma_config(
     Its rank product stands outside of the ring as well, so that the ring has three stages.
     """
     return gemm_tma_config(M, N, itemsize, num_sms, 64 if masked_rank is None else masked_rank)
+
+
+MULTI_RING_CHUNK = 16
+"""Tiles that a program of `lora_multi_gemm_ring` sorts at once: hexadecimal digits of a number."""
+
+
+def multi_ring_config(c: LaunchConfig) -> tuple[LaunchConfig, int, int]:
+    """Tiles of `lora_multi_gemm_ring`, and the stages of both loops of a tile with several adapters.
+
+    The ring has a stage more than ``c``, of `multi_gemm_tma_config`, has: no operand stands beside it. In a
+    tile with several adapters a store may still read its room when the next tile's loads begin. Half of the
+    stages over slots go to the load of a slot's number: five products are on their way.
+    """
+    return replace(c, num_stages=4, SUBTILES=2), 3, 9
 
 
 def slots_at_once(width: int, block_r: int, itemsize: int, b_itemsize: int) -> int:

@@ -91,10 +91,12 @@ def _expected(types: list[str], arguments: int) -> list[tuple[int, str, int]] | 
         if kind == "constexpr":
             continue
         if kind.startswith("tensordesc") and position < arguments:
-            if not re.fullmatch(r"tensordesc<\w+\[\d+, ?\d+\]?.*>", kind):
+            block = re.fullmatch(r"tensordesc<\w+\[(\d+(?:, ?\d+){1,2})\]?.*>", kind)
+            if block is None:
                 return None
+            rank = block[1].count(",") + 1
             expected.append((position, "map", _MAP_BYTES))
-            expected += [(position, "in map", size) for size in (4, 4, 8, 8)]
+            expected += [(position, "in map", size) for size in (4,) * rank + (8,) * rank]
         elif kind.startswith("*") and position < arguments:
             expected.append((position, "Q", 8))
         elif kind in _SCALARS:
@@ -208,23 +210,29 @@ class DirectLaunch:
         return blob
 
     def _encode(self, t: Tensor, index: int) -> bytes:
-        """The tensor map of a matrix, and the shape and strides that Triton puts behind it."""
+        """The tensor map of a tensor, and the shape and strides that Triton puts behind it."""
         swizzle, block = self._meta[index]
-        (rows, columns), (stride, _) = t.shape, t.stride()
+        shape, strides, rank = t.shape, t.stride(), t.dim()
         itemsize = t.element_size()
         raw = ctypes.create_string_buffer(2 * _MAP_BYTES)
         start = -ctypes.addressof(raw) % _MAP_BYTES
+        sizes, boxes = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank  # the last dimension first
         code = _driver().cuTensorMapEncodeTiled(
-            ctypes.addressof(raw) + start, _TMA_TYPES[t.dtype], 2, t.data_ptr(),
-            (ctypes.c_uint64 * 2)(columns, rows),
-            (ctypes.c_uint64 * 2)(stride * itemsize, rows * stride * itemsize),
-            (ctypes.c_uint32 * 2)(block[1], block[0]),
-            (ctypes.c_uint32 * 2)(1, 1),
+            ctypes.addressof(raw) + start, _TMA_TYPES[t.dtype], rank, t.data_ptr(),
+            sizes(*reversed(shape)),
+            sizes(*(itemsize * stride for stride in reversed(strides[:-1]))),
+            boxes(*reversed(block)),
+            boxes(*[1] * rank),
             0, swizzle, _L2_PROMOTION_128B, 0,
         )  # fmt: skip
-        _check(code, f"a tensor map of {tuple(t.shape)}, row stride {stride}, tile {block},")
+        _check(code, f"a tensor map of {tuple(shape)}, strides {strides}, tile {block},")
         tensor_map = raw.raw[start : start + _MAP_BYTES]
-        return tensor_map + struct.pack("<iiqq", rows, columns, stride, 1)
+        return tensor_map + struct.pack(_behind_map(rank), *shape, *strides[:-1], 1)
+
+
+def _behind_map(rank: int) -> str:
+    """What Triton puts behind a tensor map, as a format: shape and strides, in their order of alignment."""
+    return f"<{rank}i{4 * (rank % 2)}x{rank}q"
 
 
 def _descriptors(made: Any) -> list[dict[str, Any]]:
@@ -283,8 +291,11 @@ def direct_launch(
     if kinds.rstrip("fiq").strip("Q"):  # a number before a pointer
         return None
     for i in maps:  # shape and strides lie behind the map without a gap
-        if expected[i][1] == "map" and [o - layout[i][0] for o, _ in layout[i : i + 5]] != [
-            0, 128, 132, 136, 144
+        rank = sum(at == expected[i][0] for at, *_ in expected) // 2
+        offsets = [o - layout[i][0] for o, _ in layout[i : i + 1 + 2 * rank]]
+        first = _MAP_BYTES + 4 * (rank + rank % 2)  # of the strides
+        if expected[i][1] == "map" and offsets != [
+            0, *range(_MAP_BYTES, first - 4 * (rank % 2), 4), *range(first, first + 8 * rank, 8)
         ]:  # fmt: skip
             return None
     return DirectLaunch(made, grid, sizes, arguments, expected, layout)

@@ -97,7 +97,7 @@ class Launch:
         *sizes: the kernel's integers.
         fixed (bool): the plan's key fixes which arguments are ``None`` and the types of all others, so that
             a call need not look. Default: ``False``.
-        boxes (tuple[tuple[int, int], ...]): the blocks of the first arguments, where these are descriptors
+        boxes (tuple[tuple[int, ...], ...]): the blocks of the first arguments, where these are descriptors
             to the kernel: their tensors must fit TMA, and the plan's key fixes shapes and strides. Default:
             ``()``.
         **options: its constexpr parameters, and launch options.
@@ -114,7 +114,7 @@ class Launch:
         device: torch.device,
         *sizes: int,
         fixed: bool = False,
-        boxes: tuple[tuple[int, int], ...] = (),
+        boxes: tuple[tuple[int, ...], ...] = (),
         **options: Any,
     ) -> None:
         """Prepare what calls have in common."""

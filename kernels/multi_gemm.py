@@ -45,6 +45,7 @@ from .config import (
 from .dropout import load_keep
 from .launch import Launch, cached_plan
 from .multi_add import can_keep_fp32
+from .multi_gemm_ring import lora_multi_gemm_ring
 
 
 @triton.jit
@@ -331,10 +332,10 @@ def lora_multi_gemm(
     Args:
         x (Tensor): ``[M, K]``, any strides.
         weight (Tensor): ``[N, K]`` in the dtype of x, any strides.
-        s (Tensor): ``[M, R]``, rows dense, as `lora_multi_shrink` gives it.
+        s (Tensor): ``[M, R]``, rows dense, zeros in rows without an adapter, as `lora_multi_shrink` gives it.
         lora_B (Tensor): ``[L, N, R]``, any strides, cast to the dtype of x for the product.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
-        routing (tuple): ``ids [M]`` and the slots of tiles of BLOCK_M rows.
+        routing (tuple): ``ids [M]`` and the slots of tiles of BLOCK_M rows, made before s.
         tiles (tuple): of `multi_gemm_tiles`.
         bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
         mask (Tensor | None): packed keep mask ``[M, ceil(N / 8)]``. Default: ``None``.
@@ -343,6 +344,10 @@ def lora_multi_gemm(
         Tensor: ``[M, N]``.
     """
     (kind, c), (ids, slots) = tiles, routing
+    if kind == "tma" and mask is None:
+        made = lora_multi_gemm_ring(x, weight, s, lora_B, ranks, routing, c, bias)
+        if made is not None:
+            return made
     launch = _plan(
         kind, c, x.shape, x.stride(), x.dtype, weight.stride(), lora_B.shape, lora_B.stride(),
         lora_B.dtype, s.stride(), x.device, slots.shape[1], bias is not None, mask is not None,

@@ -28,18 +28,32 @@ def _lora_multi_shrink_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, order_ptr, sorted_ids_ptr, starts_ptr, scaling_ptr, ranks_ptr,
     seed_ptr, threshold, factor, M, K, R, split_k,
     stride_xm, stride_xk, stride_al, stride_ar, stride_ak, stride_sp, stride_sm,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, FILLS: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``s[p, m, r] = factor * scaling[l] * sum_k keep[m, k] x[m, k] A[l, r, k]`` over the p-th part of K.
 
     Grid: ``(blocks of rows, blocks of ranks, parts of K)``. A program gathers at most BLOCK_M rows that
-    share adapter l; blocks that are not used, and ranks past the adapter's own, end at once.
+    share adapter l; blocks that are not used, and ranks past the adapter's own, end at once. If FILLS, as
+    many rows without an adapter, which come first in the order, get zeros from it: s has to be whole where
+    the product reads it tile by tile.
     """
     if EARLY:  # the next kernel reads what the one before this makes, without waiting for it
         wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     start = tl.load(starts_ptr + tl.program_id(0))
+    if FILLS:
+        bare = tl.load(starts_ptr)
+        if tl.program_id(0) * BLOCK_M < bare:
+            position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+            offs_m = tl.load(order_ptr + position, mask=position < bare, other=0).to(tl.int64)
+            offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+            tl.store(
+                s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
+                tl.zeros((BLOCK_M, BLOCK_R), dtype=s_ptr.dtype.element_ty),
+                mask=(position < bare)[:, None] & (offs_r[None, :] < R),
+            )
     if start < M:
         slot = tl.load(sorted_ids_ptr + start).to(tl.int64)
         rank = rank_of(ranks_ptr, slot, R)
@@ -114,7 +128,8 @@ def _plan(
         _lora_multi_shrink_kernel, (blocks, cdiv(R, c.BLOCK_N), parts), device,
         M, K, R, split_k, *strides(shape, stride), *strides(a_shape, a_stride),
         M * s_stride, s_stride,
-        HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=pdl, EARLY=early, launch_pdl=pdl and early,
+        HAS_DROPOUT=has_dropout, FILLS=parts == 1, PRECISION=precision,
+        PDL=pdl, EARLY=early, launch_pdl=pdl and early,
         BLOCK_M=block_m, BLOCK_K=c.BLOCK_K, BLOCK_R=c.BLOCK_N,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -151,8 +166,9 @@ def lora_multi_shrink(
 
     Returns:
         tuple: s ``[parts, M, R]`` with rows padded to 16 bytes, in the dtype of x for one part and fp32 for
-        more; and the mask as `lora_shrink` gives it. Rows without an adapter,
-        their mask bits, and s past a row's rank rounded up to 8 are left unwritten: no consumer reads them.
+        more; and the mask as `lora_shrink` gives it. One part has zeros in rows without an adapter. Such rows
+        of more parts, mask bits of such rows, and s past a row's rank rounded up to 8 are left unwritten: no
+        consumer reads them.
     """
     (M, K), R = x.shape, lora_A.shape[1]
     order, sorted_ids, starts = routing

@@ -53,6 +53,7 @@ class Case:
     bias: bool = False
     fp32_adapters: bool = False
     tensor_scaling: bool = False
+    ranks: bool = False
     M: int = 8192
     K: int = 4096
     N: int = 4096
@@ -60,7 +61,8 @@ class Case:
     @property
     def name(self) -> str:
         """What differs from the defaults, in words."""
-        flags = [f for f in ("dropout", "bias", "fp32_adapters", "tensor_scaling") if vars(self)[f]]
+        names = ("dropout", "bias", "fp32_adapters", "tensor_scaling", "ranks")
+        flags = [name for name in names if vars(self)[name]]
         shape = f"{self.M}x{self.K}x{self.N}"
         return "-".join([self.op, f"sm{self.arch}", self.dtype, f"r{self.R}", shape, *flags])
 
@@ -241,6 +243,11 @@ def cases() -> list[Case]:
             Case("multi_forward", arch, R=64, **odd),
             *(Case("multi_forward", arch, R=64, M=rows) for rows in (16, 32, 64, 256)),
             Case("multi_forward", arch, "tf32", M=64, N=32768),
+            Case("multi_forward", arch, bias=True, ranks=True),
+            Case("multi_forward", arch, R=64, ranks=True, M=1024),
+            Case("multi_forward", arch, "fp16", R=8, ranks=True),
+            Case("multi_grad_x", arch, ranks=True),
+            Case("multi_grad_x", arch, "fp16", R=64, ranks=True, M=1024),
             Case("multi_grad_x", arch, dropout=True, fp32_adapters=True),
             Case("multi_grad_x", arch, R=64),
             Case("multi_grad_x", arch, "fp16", R=64, dropout=True),
@@ -392,14 +399,14 @@ def call(case: Case) -> None:
 def multi_launches(
     case: Case, modules: dict[str, Any], new: Callable[..., Tensor], slots: int = 32
 ) -> dict[str, Callable[[], object]]:
-    """The launches of the kernels for many adapters; ranks differ where adapters are fp32."""
+    """The launches of the kernels for many adapters; ranks differ where adapters are fp32, too."""
     dtype = DTYPES[case.dtype]
     adapter = torch.float32 if case.fp32_adapters else dtype
     M, K, N, R = case.M, case.K, case.N, case.R
     x, dy, w = new((M, K), dtype=dtype), new((M, N), dtype=dtype), new((N, K), dtype=dtype)
     stack_a, stack_b = new((slots, R, K), dtype=adapter), new((slots, N, R), dtype=adapter)
     scaling, ids = new((slots,), dtype=torch.float32), new((M,), dtype=torch.int32)
-    ranks = new((slots,), dtype=torch.int32) if case.fp32_adapters else None
+    ranks = new((slots,), dtype=torch.int32) if case.fp32_adapters or case.ranks else None
     rows = (ids, ids, new((M // 16 + slots,), dtype=torch.int32))
     segments = (ids, ids, new((slots + 1,), dtype=torch.int32))
     bias = new((N,), dtype=dtype) if case.bias else None

@@ -28,6 +28,7 @@ GEMMS = {
     "_lora_grad_x_tma_kernel",
     "_lora_grad_x_dropout_kernel",
     "_lora_multi_gemm_tma_kernel",
+    "_lora_multi_gemm_ring_kernel",
 }
 OPS = (
     *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab", "expand"),

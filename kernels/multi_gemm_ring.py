@@ -1,0 +1,292 @@
+"""``y = x W^T + bias + s B[id]^T``: where a tile's rows share an adapter, as fast as with a single one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    add_bias,
+    add_rank_product,
+    aligned,
+    device_properties,
+    dot,
+    dot_precision,
+    has_pdl,
+    late_wait_step,
+    multiple,
+    rank_of,
+    rows_fit_tma,
+    store_tile,
+    tile_of,
+    wait_for_previous_kernel,
+)
+from .config import (
+    MULTI_RING_CHUNK,
+    LaunchConfig,
+    cdiv,
+    gemm_boxes,
+    multi_ring_config,
+    next_power_of_2,
+    rank_step,
+)
+from .launch import Launch, cached_plan
+
+
+@triton.jit
+def _shared_adapter(slots_ptr, ranks_ptr, tile_m, here, R, width):
+    """Whether a tile's rows have one adapter, or none, that TMA can read; its slot and rank, or 0 and 0.
+
+    TMA begins at multiples of 16 bytes, and what it reads past a rank could not be masked.
+    """
+    slots = slots_ptr + tile_m.to(tl.int64) * width
+    slot = tl.load(slots, mask=here, other=-1)
+    second = tl.load(slots + 1, mask=here & (width > 1), other=-1)
+    held = tl.maximum(slot, 0)
+    rank = tl.where(slot >= 0, rank_of(ranks_ptr, held, R), 0)
+    return here & (second < 0) & (rank % 8 == 0), held, rank
+
+
+@triton.jit
+def _load_right(
+    desc, slot, row, column, N, NK: tl.constexpr, DEPTH: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Columns of one slot of a right operand, ``[slots N, depth]`` or ``[slots, depth, N]``."""
+    if NK:
+        return desc.load([slot * N + column, row]).T  # [DEPTH, BLOCK_N]
+    else:
+        return desc.load([slot, row, column]).reshape(DEPTH, BLOCK_N)
+
+
+@triton.jit
+def _add_slots(
+    acc, s_ptr, b_ptr, b_desc, ids_ptr, slots_ptr, ranks_ptr, tile_m, start_m, start_n, M, N, R, width,
+    stride_sm, stride_bl, stride_bn, stride_br,
+    NK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``acc[m] + s[m] B[ids[m]]^T`` for one output tile, an adapter after the other.
+
+    A step ends where the adapter's rank does, as in the kernel. Those of a rank that TMA cannot begin at
+    add zeros, and follow by pointers, without a pipeline.
+    """
+    offs_m = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+    ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)  # [BLOCK_M]
+    slots = slots_ptr + tile_m.to(tl.int64) * width
+    offs_w = tl.arange(0, WIDTH)
+    held = tl.load(slots + offs_w, mask=offs_w < width, other=-1)  # [WIDTH], -1 behind the last
+    count = tl.sum((held >= 0).to(tl.int32), axis=0)
+    ranks = tl.where(held >= 0, rank_of(ranks_ptr, tl.maximum(held, 0), R), 0)
+    r_steps = tl.maximum(tl.cdiv(tl.max(ranks, axis=0), BLOCK_R), 1)
+    offs_r = tl.arange(0, BLOCK_R)
+    for step in tl.range(0, count * r_steps, num_stages=STAGES):
+        slot = tl.load(slots + step // r_steps)
+        rank = rank_of(ranks_ptr, slot, R)
+        rank = tl.where(rank % 8 == 0, rank, 0)
+        eights = rank // 8 - (step % r_steps + 1) * (BLOCK_R // 8)
+        near = eights + offs_r // 8 >= 0
+        s = tl.load(
+            s_ptr + offs_m[:, None] * stride_sm + (eights * 8 + offs_r)[None, :],
+            mask=(ids == slot)[:, None] & near[None, :],
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_R]
+        b = _load_right(b_desc, slot, eights * 8, start_n, N, NK, BLOCK_R, BLOCK_N)
+        acc = dot(s, b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+    odd = tl.max(ranks % 8, axis=0) > 0
+    offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+    for j in tl.range(0, tl.where(odd, count, 0), num_stages=1):
+        slot = tl.load(slots + j)
+        rank = rank_of(ranks_ptr, slot, R)
+        rank = tl.where(rank % 8 == 0, 0, rank)
+        acc = add_rank_product(
+            acc, s_ptr, b_ptr + slot.to(tl.int64) * stride_bl, offs_m, (ids == slot)[:, None], offs_n,
+            N, rank, rank, stride_sm, stride_bn, stride_br, b_ptr.dtype.element_ty, PRECISION, 16,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _tiles_of_one_adapter(
+    slots_ptr, ranks_ptr, first, programs, tiles_m, tiles_n, R, width,
+    GROUP_M: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Which of a program's next CHUNK tiles have a single adapter, four bits a number, and how many.
+
+    A number, since a flattened loop that finds them as it goes would carry a variable, and not be pipelined.
+    """
+    offs = tl.arange(0, CHUNK)
+    tile = first + offs * programs
+    here = tile < tiles_m * tiles_n
+    tile_m, _ = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+    alike, _, _ = _shared_adapter(slots_ptr, ranks_ptr, tile_m, here, R, width)  # [CHUNK]
+    at = tl.cumsum(alike.to(tl.int32), 0) - 1
+    numbers = tl.sum(tl.where(alike, offs.to(tl.int64) << (4 * at), 0), axis=0)
+    return numbers, tl.sum(alike.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _lora_multi_gemm_ring_kernel(
+    x_desc, w_desc, s_desc, b_desc, narrow_desc, y_desc,
+    s_ptr, b_ptr, bias_ptr, ids_ptr, slots_ptr, ranks_ptr,
+    M, N, K, R, width, stride_sm, stride_bl, stride_bn, stride_br,
+    W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr, MIXED_STAGES: tl.constexpr, SLOT_STAGES: tl.constexpr,
+    GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """``y = [x s] [W B[id]]^T + bias`` by TMA. Grid: persistent, one program an SM.
+
+    Tiles whose rows share an adapter go through a flattened loop, as in `_lora_forward_tma_kernel`, with the
+    rank product as last steps. The last of these ends where the adapter's rank does, and begins in front of
+    the first column, where TMA reads zeros: what is past a rank is not read, and a tile without an adapter
+    adds zeros. The other tiles follow, each with a pipeline of its own. Both loops in the body of a third,
+    ptxas would wait for every wgmma. Tables are read before the kernel that makes s is waited for.
+    """
+    stride_sm = multiple(stride_sm, 8)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    programs = tl.num_programs(0)
+    k_steps = tl.cdiv(K, BLOCK_K)
+    steps = k_steps + tl.cdiv(R, BLOCK_K)
+    wait_at = late_wait_step(k_steps)
+    if wait_at == 0:
+        wait_for_previous_kernel(PDL)
+    first = tl.program_id(0)
+    while first < tiles_m * tiles_n:
+        numbers, count = _tiles_of_one_adapter(
+            slots_ptr, ranks_ptr, first, programs, tiles_m, tiles_n, R, width, GROUP_M, CHUNK
+        )
+        for i in tl.range(0, count, flatten=True):
+            tile = first + ((numbers >> (4 * i)) & 15).to(tl.int32) * programs
+            tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+            start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+            _, slot, rank = _shared_adapter(slots_ptr, ranks_ptr, tile_m, True, R, width)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for step in range(0, steps):
+                if step == wait_at:
+                    wait_for_previous_kernel(PDL)
+                if step < k_steps:
+                    left, right, held, start_k = x_desc, w_desc, 0, step * BLOCK_K
+                else:
+                    left, right, held = s_desc, b_desc, slot
+                    start_k = rank - (step - k_steps + 1) * BLOCK_K
+                a = left.load([start_m, start_k])  # [BLOCK_M, BLOCK_K]
+                b = _load_right(right, held, start_k, start_n, N, W_IS_NK, BLOCK_K, BLOCK_N)
+                acc = dot(a, b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if HAS_BIAS:
+                acc = add_bias(acc, bias_ptr, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), N)
+            store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
+        first += programs * CHUNK
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, programs):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        alike, _, _ = _shared_adapter(slots_ptr, ranks_ptr, tile_m, True, R, width)
+        if not alike:
+            start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+            offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for k in tl.range(0, k_steps, num_stages=MIXED_STAGES):
+                x = x_desc.load([start_m, k * BLOCK_K])  # [BLOCK_M, BLOCK_K]
+                w = _load_right(w_desc, 0, k * BLOCK_K, start_n, N, W_IS_NK, BLOCK_K, BLOCK_N)
+                acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+            wait_for_previous_kernel(PDL)
+            acc = _add_slots(
+                acc, s_ptr, b_ptr, narrow_desc, ids_ptr, slots_ptr, ranks_ptr, tile_m, start_m, start_n,
+                M, N, R, width, stride_sm, stride_bl, stride_bn, stride_br,
+                W_IS_NK, PRECISION, SLOT_STAGES, WIDTH, BLOCK_M, BLOCK_N, BLOCK_R,
+            )  # fmt: skip
+            if HAS_BIAS:
+                acc = add_bias(acc, bias_ptr, offs_n, N)
+            store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
+
+
+@cached_plan
+def _plan(
+    c: LaunchConfig,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    w_stride: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    b_stride: tuple[int, ...],
+    b_dtype: torch.dtype,
+    s_stride: tuple[int, ...],
+    device: torch.device,
+    width: int,
+    has_bias: bool,
+    is_aligned: bool,
+    precision: str,
+) -> Launch | None:
+    """The launch, or ``None`` where TMA cannot describe s or lora_B as they are."""
+    (M, K), (L, N, R), itemsize = shape, b_shape, dtype.itemsize
+    nk = w_stride[1] == 1
+    by_slot, by_n, by_r = b_stride
+    if nk:  # slots one below the other
+        fits = by_slot == N * by_n and rows_fit_tma((L * N, R), (by_n, by_r), itemsize)
+        fits &= L * N < 2**30
+    else:
+        fits = by_slot * itemsize % 16 == 0 and rows_fit_tma((R, N), (by_r, by_n), itemsize)
+    fits &= rows_fit_tma((M, R), s_stride, itemsize) and is_aligned
+    if not fits or itemsize != 2 or b_dtype != dtype or R % 8 != 0:
+        return None
+    c, mixed_stages, slot_stages = multi_ring_config(c)
+    num_sms, pdl = device_properties(device)[1], has_pdl(device)
+    block_r = min(rank_step(R, itemsize), 32)  # adapters of lower rank pad less
+    x_box, w_box, s_box, b_box, y_box = gemm_boxes(c, nk=nk, rank_product=True)
+    narrow = (c.BLOCK_N, block_r) if nk else (1, block_r, c.BLOCK_N)
+    boxes: tuple[tuple[int, ...], ...] = (x_box, w_box, s_box, b_box, narrow, y_box)
+    if not nk:
+        boxes = (x_box, (1, *w_box), s_box, (1, *b_box), narrow, y_box)
+    return Launch(
+        _lora_multi_gemm_ring_kernel, (min(num_sms, cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)),), device,
+        M, N, K, R, width, s_stride[0], *b_stride,
+        boxes=boxes, W_IS_NK=nk, HAS_BIAS=has_bias, PRECISION=precision, PDL=pdl, launch_pdl=pdl,
+        BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K,
+        WIDTH=next_power_of_2(width), BLOCK_R=block_r, CHUNK=MULTI_RING_CHUNK,
+        MIXED_STAGES=mixed_stages, SLOT_STAGES=slot_stages,
+        GROUP_M=c.GROUP_M, SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+
+
+def lora_multi_gemm_ring(
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    ranks: Tensor | None,
+    routing: tuple[Tensor, Tensor],
+    c: LaunchConfig,
+    bias: Tensor | None = None,
+) -> Tensor | None:
+    """`lora_multi_gemm` without a mask, of tensors that fit TMA.
+
+    Args:
+        x (Tensor): ``[M, K]``, as TMA can describe it.
+        weight (Tensor): ``[N, K]`` in the dtype of x; it or its transpose as TMA can describe it.
+        s (Tensor): ``[M, R]``, zeros in rows without an adapter, as `lora_multi_shrink` gives it.
+        lora_B (Tensor): ``[L, N, R]``.
+        ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
+        routing (tuple): ``ids [M]`` and the slots of tiles of BLOCK_M rows, complete before the kernel that
+            makes s began.
+        c (LaunchConfig): of `multi_gemm_tiles`.
+        bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
+
+    Returns:
+        Tensor | None: ``[M, N]``; ``None`` where the kernel cannot take these tensors.
+    """
+    ids, slots = routing
+    launch = _plan(
+        c, x.shape, x.stride(), x.dtype, weight.stride(), lora_B.shape, lora_B.stride(), lora_B.dtype,
+        s.stride(), x.device, slots.shape[1], bias is not None, aligned(s, lora_B),
+        dot_precision(x.dtype, x.shape[1]),
+    )  # fmt: skip
+    if launch is None:
+        return None
+    y = torch.empty((x.shape[0], lora_B.shape[1]), dtype=x.dtype, device=x.device)
+    if weight.stride(1) == 1:
+        w, b = weight, lora_B.flatten(0, 1)  # [N, K], [L N, R]
+    else:
+        w, b = weight.t().unsqueeze(0), lora_B.transpose(1, 2)  # [1, K, N], [L, R, N]
+    launch(x, w, s, b, b, y, s, lora_B, bias, ids, slots, ranks)
+    return y
