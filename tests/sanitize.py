@@ -39,6 +39,7 @@ from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig
 from fastlora.kernels.lora_expand import lora_expand
 from fastlora.kernels.lora_merge import lora_merge
+from fastlora.kernels.lora_merge_many import lora_merge_many
 from fastlora.kernels.lora_shrink import lora_shrink
 from fastlora.kernels.multi_add import lora_multi_add
 from fastlora.kernels.multi_decode import lora_multi_decode
@@ -186,6 +187,8 @@ def calls(
         lora_merge(weight, a.detach(), b.detach(), 0.5, out=torch.empty_like(weight))
         turned = weight.t().contiguous().t()
         lora_merge(turned, a.detach(), b.detach(), 0.5, out=turned)
+        outs = [torch.empty_like(weight) for _ in range(3)]
+        lora_merge_many([[(weight, out, a.detach(), b.detach(), 0.5) for out in outs]])
 
     yield from (linear, few_rows, multi, merged, embedding, dora, merge)
 
