@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,13 +16,13 @@ from .launch import Launch, cached_plan
 
 
 @triton.jit
-def _lora_merge_kernel(
+def merge_tile(
     w_ptr, out_ptr, a_ptr, b_ptr, scaling, N, K, R,
     stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
     SAME_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``out[n, k] = w[n, k] + scaling * sum_r B[n, r] A[r, k]``. Grid: one program a tile.
+    """``out[n, k] = w[n, k] + scaling * sum_r B[n, r] A[r, k]`` for the tile that program_id(0) counts.
 
     fp32 operands are multiplied exactly, whatever torch's switch for TF32 says: what is merged stays in
     the weights. ``out`` may be ``w``, since a program reads its own tile alone.
@@ -55,26 +58,60 @@ def _lora_merge_kernel(
     )
 
 
-@cached_plan
-def _plan(
+@triton.jit
+def _lora_merge_kernel(
+    w_ptr, out_ptr, a_ptr, b_ptr, scaling, N, K, R,
+    stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
+    SAME_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``out = w + scaling * B A``. Grid: one program a tile."""
+    merge_tile(
+        w_ptr, out_ptr, a_ptr, b_ptr, scaling, N, K, R,
+        stride_wn, stride_wk, stride_on, stride_ok, stride_ar, stride_ak, stride_bn, stride_br,
+        SAME_DTYPE, BLOCK_N, BLOCK_K, R_STEPS, BLOCK_R,
+    )  # fmt: skip
+
+
+def merge_launch(
+    kernel: Any,
     shape: tuple[int, ...],
     strides_of: tuple[tuple[int, ...], ...],
     R: int,
     dtypes: tuple[torch.dtype, torch.dtype],
     device: torch.device,
+    layers: int = 1,
+    **options: Any,
 ) -> Launch:
-    """The launch for a weight of ``shape``; ``strides_of`` weight, out, lora_A and lora_B."""
+    """The launch of `merge_tile` on every tile of weights of ``shape``.
+
+    Args:
+        kernel: `_lora_merge_kernel`, or one with its sizes and constexpr parameters.
+        shape (tuple[int, ...]): ``(N, K)``.
+        strides_of (tuple[tuple[int, ...], ...]): of weight, out, lora_A and lora_B.
+        R (int): the rank.
+        dtypes (tuple[torch.dtype, torch.dtype]): of lora_A and lora_B.
+        device (torch.device): where all of them are.
+        layers (int): weights of a launch, the second dimension of the grid. Default: 1.
+        **options: further constexpr parameters, and what `Launch` takes.
+
+    Returns:
+        Launch: called with the kernel's leading arguments.
+    """
     N, K = shape
     itemsize = max(dtype.itemsize for dtype in dtypes)
     c, block_r = merge_config(itemsize), rank_step(R, itemsize)
     shapes = (shape, shape, (R, K), (N, R))
     return Launch(
-        _lora_merge_kernel, (cdiv(N, c.BLOCK_N) * cdiv(K, c.BLOCK_K),), device, N, K, R,
+        kernel, (cdiv(N, c.BLOCK_N) * cdiv(K, c.BLOCK_K), layers), device, N, K, R,
         *(s for pair in zip(shapes, strides_of, strict=True) for s in strides(*pair)),
         SAME_DTYPE=dtypes[0] == dtypes[1], BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K,
         R_STEPS=cdiv(R, block_r), BLOCK_R=block_r,
-        num_warps=c.num_warps, num_stages=c.num_stages,
+        num_warps=c.num_warps, num_stages=c.num_stages, **options,
     )  # fmt: skip
+
+
+_plan = cached_plan(functools.partial(merge_launch, _lora_merge_kernel))
 
 
 def lora_merge(

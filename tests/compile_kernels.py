@@ -37,7 +37,10 @@ DTYPES = {
     "tf32": torch.float32,
     "ieee": torch.float32,
 }
-INSTRUCTIONS = ("HGMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG", "LDGSTS", "STL", "LDL")
+INSTRUCTIONS = (
+    *("HGMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG", "LDGSTS", "STL", "LDL"),
+    *("LDG.E.128", "STG.E.128"),
+)
 WORKERS = max(2, (os.cpu_count() or 2) // 2)  # the other tests want cores too
 
 
@@ -169,6 +172,14 @@ def cases() -> list[Case]:
             Case("dora_grad", arch, "ieee"),
             Case("dora_grad", arch, **odd),
         ]
+        for op in ("merge", "merge_many"):
+            found += [
+                Case(op, arch, R=256),
+                Case(op, arch, "fp16", R=64),
+                Case(op, arch, "ieee", R=16),
+                Case(op, arch, R=16, fp32_adapters=True),
+                Case(op, arch, R=8, **odd),
+            ]
         for rank in (48, 256):
             found.append(Case("shrink_group", arch, R=rank, dropout=True))
         found += [
@@ -212,11 +223,6 @@ def cases() -> list[Case]:
             Case("sliced", arch, "tf32", R=64),
             Case("sliced", arch, "ieee"),
             Case("sliced", arch, R=256, **odd),
-            Case("merge", arch, R=256),
-            Case("merge", arch, "fp16", R=64),
-            Case("merge", arch, "ieee", R=16),
-            Case("merge", arch, R=16, fp32_adapters=True),
-            Case("merge", arch, R=8, **odd),
             Case("multi_shrink", arch),
             Case("multi_shrink", arch, R=64, dropout=True, fp32_adapters=True),
             Case("multi_shrink", arch, R=256),
@@ -255,7 +261,7 @@ def cases() -> list[Case]:
             Case("multi_grad_x", arch, "ieee"),
         ]
     for arch in (100, 120):
-        found += [Case("merge", arch), Case("sliced", arch)]
+        found += [Case("merge", arch), Case("merge_many", arch), Case("sliced", arch)]
         found += [Case("dora_norm", arch), Case("dora_forward", arch), Case("dora_grad", arch)]
         found += [Case("multi_forward", arch, M=rows) for rows in (16, 256, 8192)]
         found += [Case("forward", arch, bias=True), Case("grad_x", arch, R=64, dropout=True)]
@@ -391,6 +397,9 @@ def call(case: Case) -> None:
             new((N,), dtype=dtype) if case.bias else None,
         ),
         "merge": lambda: modules["lora_merge"].lora_merge(w, lora_A, lora_B, 2.0, w),
+        "merge_many": lambda: modules["lora_merge_many"].lora_merge_many(
+            [[(w, w, lora_A, lora_B, 2.0)] * 4]
+        ),
         **multi_launches(case, modules, new),
     }
     launch[case.op]()
@@ -461,7 +470,7 @@ def inspect(kernel: Any) -> dict[str, Any]:
         cubin.write_bytes(kernel.asm["cubin"])
         usage, sass = tool("cuobjdump", "-res-usage", str(cubin)), tool("nvdisasm", str(cubin))
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
-    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", sass)) for name in INSTRUCTIONS}
     encodings = re.findall(
         r"ttng\.warp_group_dot .* : tensor<[^,]*, (#\S+?)[<>]", kernel.asm["ttgir"]
     )

@@ -40,6 +40,7 @@ from fastlora.kernels.config import LaunchConfig
 from fastlora.kernels.lora_expand import lora_expand
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
 from fastlora.kernels.lora_merge import lora_merge
+from fastlora.kernels.lora_merge_many import lora_merge_many
 from fastlora.kernels.lora_one_pass import lora_one_pass
 from fastlora.kernels.lora_shrink import lora_shrink
 from fastlora.kernels.multi_add import lora_multi_add
@@ -199,6 +200,8 @@ def calls(
         lora_merge(weight, a.detach(), b.detach(), 0.5, out=torch.empty_like(weight))
         turned = weight.t().contiguous().t()
         lora_merge(turned, a.detach(), b.detach(), 0.5, out=turned)
+        outs = [torch.empty_like(weight) for _ in range(3)]
+        lora_merge_many([[(weight, out, a.detach(), b.detach(), 0.5) for out in outs]])
 
     yield from (linear, few_rows, one_pass, multi, merged, embedding, dora, merge)
 

@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 SMALLEST_SHARED = 101_376  # sm_86, sm_89, sm_120: the pointer kernels run there too
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448, 120: SMALLEST_SHARED}
 FULLY_COVERED = (80, 90)
+VECTORS = ("LDG.E.128", "STG.E.128")
 GEMMS = {
     "_lora_forward_tma_kernel",
     "_lora_forward_sliced_tma_kernel",
@@ -33,13 +34,13 @@ GEMMS = {
 OPS = (
     *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab", "expand"),
     *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
-    *("embedding", "sliced", "merge", "dora_norm", "dora_grad"),
+    *("embedding", "sliced", "merge", "merge_many", "dora_norm", "dora_grad"),
 )
 NO_PRODUCT = {
     *("_sum_splits_kernel", "_lora_multi_add_kernel", "_lora_embedding_grad_a_kernel"),
     *("_dora_grad_kernel", "_lora_multi_shrink_rows_kernel"),
 }
-ONE_STEP = {"_lora_merge_kernel", "_lora_expand_kernel"}
+ONE_STEP = {"_lora_merge_kernel", "_lora_merge_many_kernel", "_lora_expand_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_every_dtype_is_compiled(rows, arch):
         (op, dtype)
         for op in OPS
         for dtype in ("bf16", "fp16", "tf32", "ieee")
-        if (op, dtype) != ("merge", "tf32")  # fp32 is always merged exactly
+        if dtype != "tf32" or not op.startswith("merge")  # fp32 is always merged exactly
     }
 
 
@@ -144,7 +145,10 @@ def test_pointer_kernels_fit_every_gpu_since_sm80(rows):
 
 
 def test_products_run_on_tensor_cores(products):
-    exact = {("merge", True)}  # fp32 adapters are merged without rounding their products
+    exact = {
+        ("merge", True),
+        ("merge_many", True),
+    }  # fp32 adapters are merged without rounding their products
     tensor = [
         row
         for row in products
@@ -152,6 +156,22 @@ def test_products_run_on_tensor_cores(products):
     ]
     assert not without(tensor, lambda row: row["counts"]["HMMA"] or row["counts"]["HGMMA"])
     assert not without(tensor, lambda row: row["arch"] == 90 or not row["counts"]["HGMMA"])
+
+
+def test_addresses_from_a_table_are_read_by_vectors_too(rows):
+    counts = {
+        (row["op"], *(row[key] for key in ("arch", "dtype", "R", "K", "fp32_adapters"))): row[
+            "counts"
+        ]
+        for row in rows
+        if row["op"] in ("merge", "merge_many")
+    }
+    tables = {key[1:]: found for key, found in counts.items() if key[0] == "merge_many"}
+    assert len(tables) == len(counts) / 2
+    for key, found in tables.items():
+        for name in VECTORS:
+            assert found[name] == counts[("merge", *key)][name], (key, name)
+    assert any(found[name] for found in tables.values() for name in VECTORS)
 
 
 def test_fp32_without_tf32_is_exact_fma(products):

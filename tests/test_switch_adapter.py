@@ -239,7 +239,7 @@ def test_safe_refuses_and_rolls_back_rank_changes_too(state, tmp_path):
 @pytest.mark.parametrize("at_once", [1, 32])
 @pytest.mark.parametrize("state", ["device", "host"])
 def test_a_failure_while_merging_rolls_back(state, at_once, monkeypatch):
-    monkeypatch.setattr(fastlora.switching, "_AT_ONCE", at_once)
+    monkeypatch.setattr(fastlora.switching, "_FIRST", at_once)
     model = prepare(fresh(5), state)
     before = snapshot(model)
     calls = []
@@ -259,7 +259,7 @@ def test_a_failure_while_merging_rolls_back(state, at_once, monkeypatch):
 
 
 def test_a_failure_restores_a_parameter_that_layers_share(monkeypatch):
-    monkeypatch.setattr(fastlora.switching, "_AT_ONCE", 1)
+    monkeypatch.setattr(fastlora.switching, "_FIRST", 1)
     model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3))).eval()
     fastlora.inject(model, ("0", "1", "2"), r=2, lora_alpha=4)
     model[1].lora_A = model[2].lora_A = model[0].lora_A
