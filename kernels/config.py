@@ -308,14 +308,13 @@ MULTI_RING_CHUNK = 16
 """Tiles that a program of `lora_multi_gemm_ring` sorts at once: hexadecimal digits of a number."""
 
 
-def multi_ring_config(c: LaunchConfig) -> tuple[LaunchConfig, int, int]:
-    """Tiles of `lora_multi_gemm_ring`, and the stages of both loops of a tile with several adapters.
+def multi_ring_config(c: LaunchConfig) -> tuple[LaunchConfig, int]:
+    """Tiles of `lora_multi_gemm_ring`, and the stages of the product of a tile with several adapters.
 
     The ring has a stage more than ``c``, of `multi_gemm_tma_config`, has: no operand stands beside it. In a
-    tile with several adapters a store may still read its room when the next tile's loads begin. Half of the
-    stages over slots go to the load of a slot's number: five products are on their way.
+    tile with several adapters a store may still read its room when the next tile's loads begin.
     """
-    return replace(c, num_stages=4, SUBTILES=2), 3, 9
+    return replace(c, num_stages=4, SUBTILES=2), 3
 
 
 def slots_at_once(width: int, block_r: int, itemsize: int, b_itemsize: int) -> int:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .common import (
     add_bias,
-    add_rank_product,
     aligned,
     device_properties,
     dot,
@@ -31,8 +30,10 @@ from .config import (
     multi_ring_config,
     next_power_of_2,
     rank_step,
+    slots_at_once,
 )
 from .launch import Launch, cached_plan
+from .multi_slots import add_slot_products
 
 
 @triton.jit
@@ -61,53 +62,6 @@ def _load_right(
 
 
 @triton.jit
-def _add_slots(
-    acc, s_ptr, b_ptr, b_desc, ids_ptr, slots_ptr, ranks_ptr, tile_m, start_m, start_n, M, N, R, width,
-    stride_sm, stride_bl, stride_bn, stride_br,
-    NK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """``acc[m] + s[m] B[ids[m]]^T`` for one output tile, an adapter after the other.
-
-    A step ends where the adapter's rank does, as in the kernel. Those of a rank that TMA cannot begin at
-    add zeros, and follow by pointers, without a pipeline.
-    """
-    offs_m = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
-    ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)  # [BLOCK_M]
-    slots = slots_ptr + tile_m.to(tl.int64) * width
-    offs_w = tl.arange(0, WIDTH)
-    held = tl.load(slots + offs_w, mask=offs_w < width, other=-1)  # [WIDTH], -1 behind the last
-    count = tl.sum((held >= 0).to(tl.int32), axis=0)
-    ranks = tl.where(held >= 0, rank_of(ranks_ptr, tl.maximum(held, 0), R), 0)
-    r_steps = tl.maximum(tl.cdiv(tl.max(ranks, axis=0), BLOCK_R), 1)
-    offs_r = tl.arange(0, BLOCK_R)
-    for step in tl.range(0, count * r_steps, num_stages=STAGES):
-        slot = tl.load(slots + step // r_steps)
-        rank = rank_of(ranks_ptr, slot, R)
-        rank = tl.where(rank % 8 == 0, rank, 0)
-        eights = rank // 8 - (step % r_steps + 1) * (BLOCK_R // 8)
-        near = eights + offs_r // 8 >= 0
-        s = tl.load(
-            s_ptr + offs_m[:, None] * stride_sm + (eights * 8 + offs_r)[None, :],
-            mask=(ids == slot)[:, None] & near[None, :],
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_R]
-        b = _load_right(b_desc, slot, eights * 8, start_n, N, NK, BLOCK_R, BLOCK_N)
-        acc = dot(s, b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
-    odd = tl.max(ranks % 8, axis=0) > 0
-    offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
-    for j in tl.range(0, tl.where(odd, count, 0), num_stages=1):
-        slot = tl.load(slots + j)
-        rank = rank_of(ranks_ptr, slot, R)
-        rank = tl.where(rank % 8 == 0, 0, rank)
-        acc = add_rank_product(
-            acc, s_ptr, b_ptr + slot.to(tl.int64) * stride_bl, offs_m, (ids == slot)[:, None], offs_n,
-            N, rank, rank, stride_sm, stride_bn, stride_br, b_ptr.dtype.element_ty, PRECISION, 16,
-        )  # fmt: skip
-    return acc
-
-
-@triton.jit
 def _tiles_of_one_adapter(
     slots_ptr, ranks_ptr, first, programs, tiles_m, tiles_n, R, width,
     GROUP_M: tl.constexpr, CHUNK: tl.constexpr,
@@ -128,13 +82,13 @@ def _tiles_of_one_adapter(
 
 @triton.jit
 def _lora_multi_gemm_ring_kernel(
-    x_desc, w_desc, s_desc, b_desc, narrow_desc, y_desc,
+    x_desc, w_desc, s_desc, b_desc, y_desc,
     s_ptr, b_ptr, bias_ptr, ids_ptr, slots_ptr, ranks_ptr,
     M, N, K, R, width, stride_sm, stride_bl, stride_bn, stride_br,
     W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHUNK: tl.constexpr, MIXED_STAGES: tl.constexpr, SLOT_STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr, MIXED_STAGES: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``y = [x s] [W B[id]]^T + bias`` by TMA. Grid: persistent, one program an SM.
@@ -191,10 +145,10 @@ def _lora_multi_gemm_ring_kernel(
                 w = _load_right(w_desc, 0, k * BLOCK_K, start_n, N, W_IS_NK, BLOCK_K, BLOCK_N)
                 acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
             wait_for_previous_kernel(PDL)
-            acc = _add_slots(
-                acc, s_ptr, b_ptr, narrow_desc, ids_ptr, slots_ptr, ranks_ptr, tile_m, start_m, start_n,
-                M, N, R, width, stride_sm, stride_bl, stride_bn, stride_br,
-                W_IS_NK, PRECISION, SLOT_STAGES, WIDTH, BLOCK_M, BLOCK_N, BLOCK_R,
+            acc = add_slot_products(
+                acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m,
+                start_m.to(tl.int64) + tl.arange(0, BLOCK_M), offs_n, M, N, R, width,
+                stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, WIDTH, SLOTS, BLOCK_R,
             )  # fmt: skip
             if HAS_BIAS:
                 acc = add_bias(acc, bias_ptr, offs_n, N)
@@ -230,21 +184,20 @@ def _plan(
     fits &= rows_fit_tma((M, R), s_stride, itemsize) and is_aligned
     if not fits or itemsize != 2 or b_dtype != dtype or R % 8 != 0:
         return None
-    c, mixed_stages, slot_stages = multi_ring_config(c)
+    c, mixed_stages = multi_ring_config(c)
     num_sms, pdl = device_properties(device)[1], has_pdl(device)
     block_r = min(rank_step(R, itemsize), 32)  # adapters of lower rank pad less
     x_box, w_box, s_box, b_box, y_box = gemm_boxes(c, nk=nk, rank_product=True)
-    narrow = (c.BLOCK_N, block_r) if nk else (1, block_r, c.BLOCK_N)
-    boxes: tuple[tuple[int, ...], ...] = (x_box, w_box, s_box, b_box, narrow, y_box)
+    boxes: tuple[tuple[int, ...], ...] = (x_box, w_box, s_box, b_box, y_box)
     if not nk:
-        boxes = (x_box, (1, *w_box), s_box, (1, *b_box), narrow, y_box)
+        boxes = (x_box, (1, *w_box), s_box, (1, *b_box), y_box)
     return Launch(
         _lora_multi_gemm_ring_kernel, (min(num_sms, cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)),), device,
         M, N, K, R, width, s_stride[0], *b_stride,
         boxes=boxes, W_IS_NK=nk, HAS_BIAS=has_bias, PRECISION=precision, PDL=pdl, launch_pdl=pdl,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K,
         WIDTH=next_power_of_2(width), BLOCK_R=block_r, CHUNK=MULTI_RING_CHUNK,
-        MIXED_STAGES=mixed_stages, SLOT_STAGES=slot_stages,
+        MIXED_STAGES=mixed_stages, SLOTS=slots_at_once(width, block_r, itemsize, itemsize),
         GROUP_M=c.GROUP_M, SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
 
@@ -288,5 +241,5 @@ def lora_multi_gemm_ring(
         w, b = weight, lora_B.flatten(0, 1)  # [N, K], [L N, R]
     else:
         w, b = weight.t().unsqueeze(0), lora_B.transpose(1, 2)  # [1, K, N], [L, R, N]
-    launch(x, w, s, b, b, y, s, lora_B, bias, ids, slots, ranks)
+    launch(x, w, s, b, y, s, lora_B, bias, ids, slots, ranks)
     return y
