@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.embedding import lora_embedding
-from fastlora.merging import Product
+from fastlora.merge_products import Product
 from fastlora.modules import LoRAWeightLayer, check_lora_options, layer_problem, lora_scaling
 
 
@@ -120,7 +120,8 @@ class LoRAEmbedding(LoRAWeightLayer):
         )
 
     def _products(self, source: Tensor, target: Tensor) -> list[Product]:
-        return [Product(source, target, self.lora_B.t(), self.lora_A.t())]
+        scaling = float(self.scaling)
+        return [Product(source, target, self.lora_B.t(), self.lora_A.t(), scaling)]
 
     def extra_repr(self) -> str:
         """Show the sizes and the settings in ``repr``."""

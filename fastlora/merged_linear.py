@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastlora import reference
 from fastlora.dispatch import HAS_TRITON, problem_for
 from fastlora.functional import autocast_linear, check_dropout, check_scaling, check_tensors
-from fastlora.merging import Product
+from fastlora.merge_products import Product
 from fastlora.modules import LoRAWeightLayer, base_problem, check_lora_options, lora_scaling
 
 if HAS_TRITON:
@@ -306,7 +306,7 @@ class LoRAMergedLinear(LoRAWeightLayer):
         ]
         adapters_b = iter(torch.split(self.lora_B, on))
         return [
-            Product(part, out, next(adapters_a), next(adapters_b))
+            Product(part, out, next(adapters_a), next(adapters_b), float(self.scaling))
             if enabled
             else Product(part, out)
             for part, out, enabled in zip(parts, outs, self.enable_lora, strict=True)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastlora import reference
-from fastlora.dispatch import HAS_TRITON, problem_for
-
-if HAS_TRITON:
-    from fastlora.kernels.lora_merge import lora_merge
+from fastlora.merge_products import Product, write_all
 
 KEEPS = ("device", "host")
 Self = TypeVar("Self", bound="LoRALayer")
@@ -31,15 +27,6 @@ class Frozen:
     def __post_init__(self) -> None:
         """Ask once: every switch of adapters wants to know."""
         self.on_host = not isinstance(self.values, nn.Parameter)
-
-
-class Product(NamedTuple):
-    """A 2-D part of a weight, where its sum goes, and what is added: ``lora_B lora_A``, or nothing."""
-
-    part: Tensor
-    out: Tensor
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
 
 
 def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
@@ -144,20 +131,24 @@ class LoRALayer(nn.Module):
 
     def _merge_here(self, safe: bool, on_host: bool) -> None:
         """`_merge` for a caller that is in these two modes already: to enter them takes its time."""
-        frozen, holder = self._frozen, self._weight_holder()
-        weight = parameter_of(holder, "weight")
+        frozen, weight = self._frozen, parameter_of(self._weight_holder(), "weight")
         if frozen is not None and not frozen.on_host and not safe:
             self._write_merged(frozen.values, weight)
             return
         # Else a new tensor, so that a failure half way leaves the weight as it is.
         target = self._merged_values(safe)
         if frozen is None and not on_host:
-            self._frozen = Frozen(weight)
-            holder.weight = nn.Parameter(target, requires_grad=False)
+            self._take_merged(target)
             return
         if frozen is None:
             self._frozen = Frozen(_host_copy(weight.detach()))
         weight.copy_(target)
+
+    def _take_merged(self, values: Tensor) -> None:
+        """Put merged values beside the frozen weight, which stays as it is, and in its place."""
+        holder = self._weight_holder()
+        self._frozen = Frozen(parameter_of(holder, "weight"))
+        holder.weight = nn.Parameter(values, requires_grad=False)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -165,15 +156,7 @@ class LoRALayer(nn.Module):
         """Return what merging gives as a new tensor; check that it may be done, and with what end."""
         if not isinstance(safe, bool):
             raise TypeError(f"safe must be a bool, got {safe!r}")
-        weight = cast(nn.Parameter, self._weight_holder().weight)
-        if type(weight) is not nn.Parameter:
-            raise TypeError(
-                f"weight must be a plain nn.Parameter to be merged, got {type(weight).__name__}"
-            )
-        if weight.requires_grad:
-            raise ValueError("weight must be frozen to be merged, got requires_grad=True")
-        source = weight.detach() if self._frozen is None else self._frozen.values.detach()
-        source = source.to(weight.device)  # a merged layer's may be on the host
+        source = self._source()
         target = torch.empty_like(source)
         self._write_merged(source, target)
         if safe and not target.is_meta and not bool(torch.isfinite(target).all()):
@@ -184,14 +167,20 @@ class LoRALayer(nn.Module):
             )
         return target
 
+    def _source(self) -> Tensor:
+        """Return the frozen values, on the device of the weight; check that they may be merged."""
+        weight = cast(nn.Parameter, self._weight_holder().weight)
+        if type(weight) is not nn.Parameter:
+            raise TypeError(
+                f"weight must be a plain nn.Parameter to be merged, got {type(weight).__name__}"
+            )
+        if weight.requires_grad:
+            raise ValueError("weight must be frozen to be merged, got requires_grad=True")
+        source = weight.detach() if self._frozen is None else self._frozen.values.detach()
+        return source.to(weight.device)  # a merged layer's may be on the host
+
     def _write_merged(self, source: Tensor, target: Tensor) -> None:
-        for part, out, a, b in self._products(source, target):
-            if a is None or b is None:
-                out.copy_(part)
-            elif problem_for(part, part, a, b):
-                reference.lora_merge(part, a, b, float(self.scaling), out)
-            else:
-                lora_merge(part, a, b, float(self.scaling), out)
+        write_all(self._products(source, target))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -323,8 +312,7 @@ def merge(model: nn.Module, safe: bool = False, *, keep: str = "device") -> None
         check_finite(layers.values())
     fresh = [layer for layer in layers.values() if not layer.merged]
     try:
-        for layer in layers.values():
-            layer._merge(False, keep == "host" if layer._frozen is None else layer._frozen.on_host)
+        _merge_all(layers.values(), keep == "host")
     except BaseException:
         for layer in fresh:
             layer.unmerge()
@@ -359,16 +347,46 @@ def check_finite(layers: Iterable[LoRALayer]) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
+def _merge_all(layers: Iterable[LoRALayer], on_host: bool) -> None:
+    """Merge layers, those on the device by as few launches as it takes; ``on_host`` is for the unmerged."""
+    products: list[Product] = []
+    fresh: list[tuple[LoRALayer, Tensor]] = []
+
+    def write() -> None:
+        write_all(products)
+        for layer, target in fresh:
+            layer._take_merged(target)
+        products.clear()
+        fresh.clear()
+
+    for layer in layers:
+        frozen = layer._frozen
+        if on_host if frozen is None else frozen.on_host:
+            # Each by itself: all of them at once would take the memory of as many weights.
+            write()
+            layer._merge_here(False, True)
+        elif type(layer)._write_merged is not LoRALayer._write_merged:  # in a way of its own
+            write()
+            layer._merge_here(False, False)
+        elif frozen is None:
+            source = layer._source()
+            target = torch.empty_like(source)
+            products += layer._products(source, target)
+            fresh.append((layer, target))
+        else:
+            products += layer._products(
+                frozen.values, parameter_of(layer._weight_holder(), "weight")
+            )
+    write()
+
+
 def merge_anew(layers: Iterable[LoRALayer]) -> None:
     """Merge those of ``layers`` that are merged anew, from their frozen weights.
 
     Args:
         layers: The layers; the others stay as they are.
     """
-    for layer in layers:
-        frozen = layer._frozen
-        if frozen is not None:
-            layer._merge_here(False, frozen.on_host)
+    _merge_all([layer for layer in layers if layer._frozen is not None], False)
 
 
 def unmerge(model: nn.Module) -> None:

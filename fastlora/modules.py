@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.functional import lora_linear
-from fastlora.merging import LoRALayer, Product, parameter_of
+from fastlora.merge_products import Product
+from fastlora.merging import LoRALayer, parameter_of
 
 MAX_RANK = 256
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -174,7 +175,7 @@ class LoRALinear(LoRAWeightLayer):
 
     def _products(self, source: Tensor, target: Tensor) -> list[Product]:
         lora_a, lora_b = parameter_of(self, "lora_A"), parameter_of(self, "lora_B")
-        return [Product(source, target, lora_a, lora_b)]
+        return [Product(source, target, lora_a, lora_b, float(self.scaling))]
 
     def extra_repr(self) -> str:
         """Show the sizes and the LoRA settings in ``repr``."""
