@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastlora.adapter_config import alpha_of, parse_config
 from fastlora.functional import is_dtensor
-from fastlora.merging import LoRALayer
+from fastlora.merging import LoRALayer, merge_anew
 from fastlora.modules import lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
@@ -121,9 +121,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(_laid_out(tensors[key], parameter))
-    for layer in layers.values():
-        if layer.merged:
-            layer.merge()
+    merge_anew(layers.values())
 
 
 def _write(folder: Path, parameters: Mapping[str, Tensor], config: str) -> None:
@@ -231,9 +229,10 @@ def _aliases(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
 
 def _clean(name: str) -> str:
     """Drop the levels that torch.compile and checkpoint_wrapper put into module names."""
-    if not any(level in name for level in _WRAPPER_LEVELS):
-        return name
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_LEVELS)
+    for level in _WRAPPER_LEVELS:
+        if level in name:
+            return ".".join(part for part in name.split(".") if part not in _WRAPPER_LEVELS)
+    return name
 
 
 def _config(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.merging import LoRALayer
+from fastlora.merging import LoRALayer, merge_anew
 
 BIASES = ("none", "all", "lora_only")
 
@@ -128,9 +128,7 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     with torch.no_grad():
         for key, value in state_dict.items():
             own[key].copy_(value)
-    for layer in _lora_layers(model):
-        if layer.merged:
-            layer.merge()
+    merge_anew(_lora_layers(model))
 
 
 def _check(model: object, bias: str) -> None:
