@@ -27,7 +27,11 @@ from fastlora.modules import MAX_RANK, lora_scaling
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "scaling")
 
 _AT_ONCE = 32
-"""Layers that are changed before the first of them is merged: the GPU begins while the host goes on."""
+"""Layers that are changed before the first of them is merged: the GPU begins while the host goes on.
+
+A slow host takes almost as long for a layer as a GPU needs to merge it, so that with more of them the GPU
+waits; with fewer, fewer are merged by one launch.
+"""
 
 
 class _Adapter(NamedTuple):
@@ -166,11 +170,9 @@ def _fits_as_it_is(tensor: Tensor, parameter: Tensor) -> bool:
     """Whether there is nothing to check, cast or move, as at most switches; asked for hundreds of layers."""
     return (
         type(tensor) is Tensor
-        and tensor.is_cuda
-        and parameter.is_cuda
+        and tensor.get_device() == parameter.get_device() >= 0  # both on the same GPU
         and tensor.dtype is parameter.dtype
         and tensor.shape == parameter.shape
-        and tensor.get_device() == parameter.get_device()
     )
 
 
@@ -181,7 +183,7 @@ def _settings(layer: LoRALayer) -> tuple[int, float, bool, float]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _apply(new: Sequence[_Adapter], safe: bool) -> None:
-    changed: list[tuple[_Adapter, tuple[int, float, bool, float]]] = []
+    changed: list[tuple[_Adapter, tuple[int, float, bool, float] | None]] = []
     values: list[tuple[list[Tensor], Tensor]] = []
     at_once = len(new) if safe else _AT_ONCE
     try:
@@ -189,7 +191,7 @@ def _apply(new: Sequence[_Adapter], safe: bool) -> None:
             part = new[first : first + at_once]
             layers = [adapter.layer for adapter in part]
             values += _copies([p for adapter in part for p in adapter.parameters])
-            changed += [(adapter, _settings(adapter.layer)) for adapter in part]
+            changed += [(a, None if a.settings is None else _settings(a.layer)) for a in part]
             _put(part)
             if safe:  # all, before the first weight changes
                 check_finite(layers)
@@ -218,6 +220,10 @@ def _put(adapters: Sequence[_Adapter]) -> None:
     targets: list[Tensor] = []
     values: list[Tensor] = []
     for layer, parameters, tensors, settings in adapters:
+        if settings is None:  # and the shapes stay with them
+            targets += parameters
+            values += tensors
+            continue
         for part, parameter, tensor in zip(PARTS, parameters, tensors, strict=True):
             if parameter.shape == tensor.shape:
                 targets.append(parameter)
@@ -225,13 +231,14 @@ def _put(adapters: Sequence[_Adapter]) -> None:
             else:
                 made = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
                 setattr(layer, part, made)
-        if settings is not None:
-            _set(layer, settings)
+        _set(layer, settings)
     if targets:
         torch._foreach_copy_(targets, values)
 
 
-def _set(layer: LoRALayer, settings: tuple[int, float, bool, float]) -> None:
+def _set(layer: LoRALayer, settings: tuple[int, float, bool, float] | None) -> None:
+    if settings is None:
+        return
     for name, value, now in zip(_SETTINGS, settings, _settings(layer), strict=True):
         if now != value:
             setattr(layer, name, value)
