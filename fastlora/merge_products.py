@@ -19,6 +19,9 @@ if HAS_TRITON:
 _FEWEST, _MOST = 4, 65535
 """Products of one launch: fewer are launched by themselves as soon, more than a grid has no room for."""
 
+_compiled_for: set[tuple[Any, ...]] = set()
+"""The groups of which one product was launched by itself, as all are while a CUDA graph is captured."""
+
 
 class Product(NamedTuple):
     """A 2-D part of a weight, where its sum goes, and ``scaling * lora_B lora_A``, or nothing, to add."""
@@ -53,18 +56,21 @@ def write_all(products: Sequence[Product]) -> None:
     """
     groups = _groups(products) if len(products) >= _FEWEST else None
     if groups is None:
-        groups = [_Group(False, (), list(products))]
-    launched: dict[torch.device, list[list[Any]]] = {}
-    for group in groups:
+        groups = {(): _Group(False, (), list(products))}
+    together: dict[torch.device, list[list[Any]]] = {}
+    for key, group in groups.items():
         alone = group.unaligned
-        if _pays(group):
-            device = group.members[0].part.device
-            launched.setdefault(device, []).append(group.members)
-        else:
+        if not _pays(group):
             alone = group.members + alone
+        else:
+            if key not in _compiled_for:  # what a graph launches, which cannot compile it
+                _compiled_for.add(key)
+                alone = [group.members.pop(), *alone]
+            device = group.members[0].part.device
+            together.setdefault(device, []).append(group.members)
         for product in alone:
             write(product)
-    for of_device in launched.values():
+    for of_device in together.values():
         lora_merge_many(of_device)
 
 
@@ -81,7 +87,7 @@ class _Group:
     """Those of them with a tensor that vectors of 16 bytes cannot address."""
 
 
-def _groups(products: Sequence[Product]) -> list[_Group] | None:
+def _groups(products: Sequence[Product]) -> dict[tuple[Any, ...], _Group] | None:
     """Part products into those alike; ``None`` where it matters which of them is written first."""
     found: dict[tuple[Any, ...], _Group] = {}
     spans: list[tuple[int, int, bool]] = []
@@ -115,7 +121,7 @@ def _groups(products: Sequence[Product]) -> list[_Group] | None:
             spans.append((start_a, start_a + sizes[2], False))
             spans.append((start_b, start_b + sizes[3], False))
         (group.unaligned if addresses & 15 else group.members).append(product)
-    return None if _overlap(spans) else list(found.values())
+    return None if _overlap(spans) else found
 
 
 def _new_group(first: Product) -> _Group | None:

@@ -54,6 +54,12 @@ def elsewhere(products):
 @pytest.fixture
 def launches(monkeypatch):
     """How many products each launch took, by the table or by itself."""
+
+    class Everything(set):
+        def __contains__(self, key):
+            return True
+
+    monkeypatch.setattr(merge_products, "_compiled_for", Everything())
     found = {"many": [], "one": 0}
     many, one = merge_products.lora_merge_many, merge_products.lora_merge
 
@@ -173,6 +179,15 @@ def test_neighbours_in_one_buffer_are_not_shared(device, launches):
     assert torch.isfinite(buffer).all()
 
 
+def test_the_first_time_both_kernels_are_launched(device, launches, monkeypatch):
+    monkeypatch.setattr(merge_products, "_compiled_for", set())
+    for expected in ([5], [5, 6]):
+        products = [product(24, 40, 4, DTYPES[0], device) for _ in range(6)]
+        write_all(products)
+        assert launches == {"many": expected, "one": 1}
+        assert all(torch.isfinite(p.out).all() for p in products)
+
+
 def test_meta_tensors_and_few_products_take_no_table(device, launches):
     write_all([product(24, 40, 4, DTYPES[0], "meta") for _ in range(6)])
     write_all([product(24, 40, 4, DTYPES[0], device) for _ in range(3)])
@@ -271,7 +286,7 @@ def test_merged_weights_that_are_tied_are_merged_in_their_order(device, launches
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_failed_launch_of_many_rolls_back(at, device, monkeypatch):
-    monkeypatch.setattr(fastlora.switching, "_FIRST", 4)
+    monkeypatch.setattr(fastlora.switching, "_AT_ONCE", 4)
     model = linears(12).to(device)
     fastlora.merge(model)
     before = {n: bits(p) for n, p in model.named_parameters()}
@@ -335,7 +350,8 @@ def test_switches_by_the_table_end_where_they_began(device, launches):
 
 
 @pytest.mark.gpu
-def test_a_captured_switch_takes_no_table(launches):
+def test_a_captured_switch_takes_no_table(launches, monkeypatch):
+    monkeypatch.setattr(merge_products, "_compiled_for", set())
     model = linears(9).cuda()
     fastlora.merge(model)
     task = new_task(model)
