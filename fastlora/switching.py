@@ -26,11 +26,11 @@ from fastlora.modules import MAX_RANK, lora_scaling
 
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "scaling")
 
-_AT_ONCE = 32
-"""Layers that are changed before the first of them is merged: the GPU begins while the host goes on.
+_FIRST = 16
+"""Layers that are changed before the first of them is merged, so that the GPU begins while the host goes on.
 
-A slow host takes almost as long for a layer as a GPU needs to merge it, so that with more of them the GPU
-waits; with fewer, fewer are merged by one launch.
+Then as many as were done before: a launch merges all layers of a shape, and the GPU has work for longer than
+the host takes to prepare twice as much.
 """
 
 
@@ -185,10 +185,10 @@ def _settings(layer: LoRALayer) -> tuple[int, float, bool, float]:
 def _apply(new: Sequence[_Adapter], safe: bool) -> None:
     changed: list[tuple[_Adapter, tuple[int, float, bool, float] | None]] = []
     values: list[tuple[list[Tensor], Tensor]] = []
-    at_once = len(new) if safe else _AT_ONCE
+    done = 0
     try:
-        for first in range(0, len(new), at_once):
-            part = new[first : first + at_once]
+        while done < len(new):
+            part = new[done:] if safe else new[done : 2 * done or _FIRST]
             layers = [adapter.layer for adapter in part]
             values += _copies([p for adapter in part for p in adapter.parameters])
             changed += [(a, None if a.settings is None else _settings(a.layer)) for a in part]
@@ -196,6 +196,7 @@ def _apply(new: Sequence[_Adapter], safe: bool) -> None:
             if safe:  # all, before the first weight changes
                 check_finite(layers)
             merge_anew(layers)
+            done += len(part)
     except BaseException:
         for parameters, flat in reversed(values):  # layers may share a Parameter
             parts = torch._C._nn.unflatten_dense_tensors(flat, parameters)
