@@ -284,6 +284,23 @@ def test_a_tensor_map_is_made_for_each_address(monkeypatch):
     assert len(launch._blobs) <= 2
 
 
+def test_a_tensor_of_three_dimensions_is_described(monkeypatch):
+    made = compiled(tensordesc_meta=[{"swizzle": 3, "block_size": [1, 64, 64]}])
+    made.src.signature = {**SIGNATURE, "x_desc": "tensordesc<bf16[1, 64, 256]>"}
+    layout = [
+        (0, 128), (128, 4), (132, 4), (136, 4), (144, 8), (152, 8), (160, 8),
+        *((offset + 16, size) for offset, size in LAYOUT[5:]),
+    ]  # fmt: skip
+    driver, launch = direct_of(monkeypatch, made, layout)
+    x, y = torch.empty(3, 40, 64, dtype=torch.bfloat16)[:, :24], torch.empty(3)
+    launch(1, arguments(x, y, y))
+    values = driver.launches[0][5]
+    assert [int.from_bytes(v, "little") for v in values[1:7]] == [3, 24, 64, 40 * 64, 64, 1]
+    assert int.from_bytes(values[7], "little") == y.data_ptr()
+    gap = [*layout[:4], *((offset - 4, size) for offset, size in layout[4:7]), *layout[7:]]
+    assert direct_of(monkeypatch, made, gap)[1] is None
+
+
 def test_a_thread_without_a_context_gets_one(monkeypatch):
     driver, launch = direct_of(monkeypatch)
     made_current = []
