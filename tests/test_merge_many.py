@@ -286,7 +286,7 @@ def test_merged_weights_that_are_tied_are_merged_in_their_order(device, launches
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_failed_launch_of_many_rolls_back(at, device, monkeypatch):
-    monkeypatch.setattr(fastlora.switching, "_AT_ONCE", 4)
+    monkeypatch.setattr(fastlora.switching, "_FIRST", 4)
     model = linears(12).to(device)
     fastlora.merge(model)
     before = {n: bits(p) for n, p in model.named_parameters()}
