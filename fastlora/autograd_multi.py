@@ -17,10 +17,12 @@ from fastlora.adapters import Routing
 from fastlora.autograd import refuse_graph_of_backward, waited_for
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import (
-    MULTI_BLOCK_M,
     LaunchConfig,
     dropout_threshold,
     keep_scale,
+)
+from fastlora.kernels.config_multi import (
+    MULTI_BLOCK_M,
     multi_reads_rows,
     multi_shrink_parts,
 )

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.kernels.config import MULTI_BLOCK_M, MULTI_TILES, cdiv
+from fastlora.kernels.config import cdiv
+from fastlora.kernels.config_multi import (
+    MULTI_BLOCK_M,
+    MULTI_TILES,
+)
 
 NO_ADAPTER = -1
 """The id of a row that uses no adapter: the frozen layer alone."""

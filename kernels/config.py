@@ -7,7 +7,7 @@ with no row of its own gets the pointer rows, whose shared memory fits every GPU
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 PHILOX_ROUNDS = 7
 """Rounds of Philox-4x32, for the kernels and for the reference.
@@ -275,118 +275,6 @@ def merge_config(itemsize: int) -> LaunchConfig:
     return LaunchConfig(0, 64, 128, num_warps=4, num_stages=1)
 
 
-def multi_shrink_config(itemsize: int, R: int, precision: str, block_m: int) -> LaunchConfig:
-    """Tiles of `lora_multi_shrink`: ``BLOCK_M`` gathered rows, ``BLOCK_N`` ranks, ``BLOCK_K`` of x.
-
-    As `shrink_config`, but for a block of at most 64 ranks: past an adapter's own rank its programs end.
-    """
-    block_r = min(rank_block(R), 64)
-    if precision == "ieee" and itemsize == 4:
-        return LaunchConfig(block_m, block_r, 32, num_warps=4, num_stages=3)
-    stages = 4 if block_r <= 32 else 3  # fp32 adapters beside 16-bit x take twice the room
-    return LaunchConfig(block_m, block_r, 256 // itemsize, num_warps=4, num_stages=stages)
-
-
-MULTI_BLOCK_M = 16
-"""Rows of a block of `lora_multi_shrink`: few, so that a batch of many adapters pads few rows."""
-
-MULTI_TILES = (16, 32, 64, 128)
-"""Each BLOCK_M that the tiles of `lora_multi_gemm` may have."""
-
-
-def multi_gemm_tma_config(
-    M: int, N: int, itemsize: int, num_sms: int, masked_rank: int | None
-) -> LaunchConfig:
-    """Tiles of `lora_multi_gemm` by TMA: those of grad_x with dropout, whose loop it shares.
-
-    Its rank product stands outside of the ring as well, so that the ring has three stages.
-    """
-    return gemm_tma_config(M, N, itemsize, num_sms, 64 if masked_rank is None else masked_rank)
-
-
-MULTI_RING_CHUNK = 16
-"""Tiles that a program of `lora_multi_gemm_ring` sorts at once: hexadecimal digits of a number."""
-
-
-def multi_ring_config(c: LaunchConfig) -> tuple[LaunchConfig, int]:
-    """Tiles of `lora_multi_gemm_ring`, and the stages of the product of a tile with several adapters.
-
-    The ring has a stage more than ``c``, of `multi_gemm_tma_config`, has: no operand stands beside it. In a
-    tile with several adapters a store may still read its room when the next tile's loads begin.
-    """
-    return replace(c, num_stages=4, SUBTILES=2), 3
-
-
-def slots_at_once(width: int, block_r: int, itemsize: int, b_itemsize: int) -> int:
-    """Adapters that one product of `lora_multi_gemm` takes where a tile has several: 128 bytes of ranks.
-
-    fp32 adapters beside 16-bit x come one by one: their tile takes twice the registers.
-    """
-    if b_itemsize > itemsize:
-        return 1
-    return max(1, min(next_power_of_2(width), 128 // (block_r * itemsize)))
-
-
-def multi_gathers(M: int, K: int, R: int) -> bool:
-    """Whether each row gathers its own B, even where rows share an adapter: ``M R / K`` of W's bytes."""
-    return M <= 256 and M * R <= 4 * K
-
-
-def multi_decode_config(
-    M: int, N: int, itemsize: int, num_sms: int, keeps_fp32: bool = True
-) -> LaunchConfig | None:
-    """Tiles of `lora_multi_decode`, one launch for the product and the update, or ``None`` for two.
-
-    16 rows, 4096 -> 4096, 16 adapters, rank 16: 11.7 us with the kernel that makes s, 12.3 with tiles half
-    as deep, of which several crowd onto an SM (cuBLAS alone: 9.1). With 64 rows the gather is not hidden:
-    24 us at best, so that cuBLAS makes the product where torch can have it in fp32.
-    """
-    depth, wide = 256 // itemsize, cdiv(N, 64) >= num_sms
-    if M <= 16:
-        return LaunchConfig(
-            16, 64 if wide else 32, depth if wide else 2 * depth, num_warps=4, num_stages=5
-        )
-    if keeps_fp32:
-        return None
-    if M <= 32:
-        return LaunchConfig(32, 64 if wide else 32, depth, num_warps=4, num_stages=4)
-    return LaunchConfig(64, 64 if wide else 32, depth, num_warps=8, num_stages=4)
-
-
-def rows_ranks(R: int, tile: int, num_warps: int, itemsize: int) -> int:
-    """Ranks of B that are gathered at once for a tile of so many elements: 256 bytes a thread."""
-    return max(2, min(rank_block(R), 8192 * num_warps // (tile * itemsize)))
-
-
-MULTI_ADD_COLUMNS = 512
-"""Columns of y of a program of `lora_multi_add`: 3.4 us for 64 rows, r = 16, N = 4096; 4.1 us with 256."""
-
-
-def multi_shrink_parts(M: int, K: int, num_sms: int) -> int:
-    """Into how many sums over K `lora_multi_shrink` is split for the gather, which adds them.
-
-    A block of rows has one program otherwise, which reads K alone; at most 8 parts of 512 at least.
-    """
-    blocks = cdiv(M, MULTI_BLOCK_M)
-    return max(1, min(8, K // 512, num_sms // blocks))
-
-
-def multi_reads_rows(M: int) -> bool:
-    """Whether each row reads its own A too, and adapters pass through L2 without staying.
-
-    us with 64 rows, 64 adapters: rank 16, 4096 -> 4096: 21.9, where a block for each adapter and adapters
-    that stay take 26.7; -> 14336: 63.2 and 64.5; rank 64: 41.3 and 44.6. With 256 rows, of which four share
-    an adapter: 40.6 and 35.5. With 16 rows, where everything fits into L2: 16.9 and 11.2.
-    """
-    return 16 < M <= 64
-
-
-def multi_shrink_rows_config(K: int, R: int, itemsize: int) -> tuple[int, int, int]:
-    """Ranks and columns of a step of `lora_multi_shrink_rows`, 16 KB of A, and parts of K, 8 at most."""
-    block_k = min(1024 // itemsize, max(16, next_power_of_2(max(1, K))))
-    return min(16, rank_block(R)), block_k, max(1, min(8, K // block_k))
-
-
 @dataclass(frozen=True)
 class ReduceConfig:
     """A pass over ``[M, C]`` that sums over rows: ``row_splits`` programs share a block of columns."""
@@ -498,16 +386,3 @@ def embedding_config(
     block_c = max(16, min(widest, (1 << 14) // (rank_block(R) * itemsize)))
     splits = max(1, min(cdiv(N, block_c), 2 * num_sms // cdiv(M, block_m)))
     return ReduceConfig(block_m, block_c, splits, num_warps=4, num_stages=2)
-
-
-def multi_grad_config(
-    M: int, K: int, R: int, L: int, itemsize: int, num_sms: int, precision: str
-) -> ReduceConfig:
-    """Config of `lora_multi_grad`: as `grad_a_config`, with a program an adapter and block of columns.
-
-    Rows are split only where few adapters leave SMs idle: every split writes fp32 ``[L, R, K]``.
-    """
-    c = grad_a_config(M, K, R, itemsize, num_sms, precision)
-    programs = cdiv(K, c.BLOCK_C) * min(L, M)
-    splits = max(1, min(cdiv(M, c.BLOCK_M), 2 * num_sms // programs))
-    return ReduceConfig(c.BLOCK_M, c.BLOCK_C, splits, c.num_warps, c.num_stages)

@@ -10,7 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import adapters_of_rows, add_bias, strides
-from .config import MULTI_ADD_COLUMNS, cdiv, multi_reads_rows, rows_ranks
+from .config import cdiv
+from .config_multi import (
+    MULTI_ADD_COLUMNS,
+    multi_reads_rows,
+    rows_ranks,
+)
 from .launch import Launch, cached_plan
 
 

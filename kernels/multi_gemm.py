@@ -34,11 +34,13 @@ from .config import (
     cdiv,
     gemm_boxes,
     gemm_pointer_config,
+    next_power_of_2,
+    rank_step,
+)
+from .config_multi import (
     multi_decode_config,
     multi_gathers,
     multi_gemm_tma_config,
-    next_power_of_2,
-    rank_step,
     slots_at_once,
 )
 from .dropout import load_keep

@@ -23,13 +23,15 @@ from .common import (
     wait_for_previous_kernel,
 )
 from .config import (
-    MULTI_RING_CHUNK,
     LaunchConfig,
     cdiv,
     gemm_boxes,
-    multi_ring_config,
     next_power_of_2,
     rank_step,
+)
+from .config_multi import (
+    MULTI_RING_CHUNK,
+    multi_ring_config,
     slots_at_once,
 )
 from .launch import Launch, cached_plan

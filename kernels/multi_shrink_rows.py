@@ -13,7 +13,8 @@ from .common import (
     rank_of,
     strides,
 )
-from .config import cdiv, multi_shrink_rows_config
+from .config import cdiv
+from .config_multi import multi_shrink_rows_config
 from .launch import Launch, cached_plan
 
 

@@ -8,7 +8,7 @@ from kernel_checks import assert_rounded, randn
 
 import fastlora
 from fastlora.kernels import multi_gemm
-from fastlora.kernels.config import MULTI_BLOCK_M
+from fastlora.kernels.config_multi import MULTI_BLOCK_M
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 
 HAS_CUDA = torch.cuda.is_available()
