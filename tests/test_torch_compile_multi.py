@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import fastlora
 from fastlora import AdapterStack, adapter_products, dispatch, routing_ops
-from fastlora.kernels import config
+from fastlora.kernels import config, config_multi
 
 ops_multi = pytest.importorskip("fastlora.ops_multi", reason="needs Triton", exc_type=ImportError)
 
@@ -131,15 +131,15 @@ def test_every_tile_has_its_table(device):
         for M in (1, 16, 17, 33, 256, 257, 8192)
         for itemsize in (2, 4)
         for c in (
-            config.multi_decode_config(M, 4096, itemsize, 132, False),
-            config.multi_gemm_tma_config(M, 4096, itemsize, 132, None),
-            config.multi_gemm_tma_config(M, 4096, itemsize, 132, 16),
+            config_multi.multi_decode_config(M, 4096, itemsize, 132, False),
+            config_multi.multi_gemm_tma_config(M, 4096, itemsize, 132, None),
+            config_multi.multi_gemm_tma_config(M, 4096, itemsize, 132, 16),
             config.gemm_pointer_config(itemsize, "ieee"),
             config.gemm_pointer_config(itemsize, "tf32"),
         )
         if c is not None
     }
-    assert blocks <= set(config.MULTI_TILES)
+    assert blocks <= set(config_multi.MULTI_TILES)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
