@@ -31,6 +31,10 @@ GEMMS = {
     "_lora_multi_gemm_tma_kernel",
     "_lora_multi_gemm_ring_kernel",
 }
+OPS_OF_GEMMS = (
+    *("forward", "dora_forward", "sliced", "grad_x", "one_pass", "one_pass_back"),
+    *("multi_forward", "multi_grad_x"),
+)
 OPS = (
     *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab", "expand"),
     *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
@@ -189,8 +193,7 @@ def test_aligned_gemms_of_hopper_use_wgmma_and_tma(rows):
         row
         for row in rows
         if row["arch"] == 90
-        and row["op"]
-        in ("forward", "dora_forward", "sliced", "grad_x", "multi_forward", "multi_grad_x")
+        and row["op"] in OPS_OF_GEMMS
         and row["dtype"] != "ieee"
         and row["M"] > 256
         and row["K"] % 8 == 0
