@@ -28,13 +28,7 @@ from .common import (
     store_tile,
     tile_of,
 )
-from .config import (
-    LaunchConfig,
-    cdiv,
-    gemm_boxes,
-    gemm_tma_config,
-    rank_block,
-)
+from .config import LaunchConfig, cdiv, gemm_boxes, gemm_tma_config, rank_block
 from .config_one_pass import one_pass_backward, one_pass_makers, one_pass_stages
 from .launch import Launch, cached_plan
 
@@ -239,8 +233,9 @@ def _plan(
     tensor_scaling: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     backward: bool,
+    strides_of: tuple[tuple[int, ...], ...],
 ) -> tuple[int, Launch]:
-    """The number of rows of tiles, and the launch."""
+    """The number of rows of tiles, and the launch; strides are those of what is described to TMA."""
     (M, K), block_r = shape, rank_block(R)
     c, tiles, programs = _tiles(M, N, device, backward)
     x_box, w_box, s_box, b_box, y_box = gemm_boxes(c, nk=not backward, rank_product=True)
@@ -285,11 +280,12 @@ def lora_one_pass(
         next kernel, which may begin beside this one in backward, that s is there.
     """
     M, N, R = x.shape[0], weight.shape[1 if backward else 0], lora_A.shape[0]
+    lora_A, lora_B = for_tma(lora_A, x.dtype), for_tma(lora_B, x.dtype)
     rows, launch = _plan(
         x.shape, x.dtype, N, R, x.device, scaling.dtype if isinstance(scaling, Tensor) else None,
         None if bias is None else bias.dtype, backward,
+        (x.stride(), weight.stride(), lora_A.stride(), lora_B.stride()),
     )  # fmt: skip
-    lora_A, lora_B = for_tma(lora_A, x.dtype), for_tma(lora_B, x.dtype)
     down, up = (lora_B, lora_A) if backward else (lora_A, lora_B)
     y, s = x.new_empty((M, N)), empty_rows(M, R, x.dtype, x.device)
     marks = torch.empty(rows, dtype=torch.int64, device=x.device)

@@ -7,6 +7,7 @@ import torch
 from kernel_checks import assert_rounded, randn
 
 from fastlora import autograd
+from fastlora.kernels import lora_one_pass as one_pass_module
 from fastlora.kernels.config import LaunchConfig, gemm_tma_config
 from fastlora.kernels.config_one_pass import one_pass_backward, one_pass_makers, one_pass_stages
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
@@ -66,6 +67,44 @@ def test_fp32_adapters_and_a_tensor_for_scaling(device):
         made = lora_one_pass(given, weight, lora_A, lora_B, scaling, backward=backward)[:2]
         same = lora_one_pass(given, weight, *half, 0.75, backward=backward)[:2]
         assert all(torch.equal(a, b) for a, b in zip(made, same, strict=True))
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "lora_A", "lora_B"])
+def test_another_stride_at_the_same_address(device, which):
+    """What TMA is told about a tensor is kept by its address: a plan is of one layout alone."""
+    M, K, N, R = (512, 1024, 1160, 16) if HAS_CUDA else (140, 72, 136, 16)
+    given = dict(
+        zip(
+            ("x", "dy", "weight", "lora_A", "lora_B"),
+            inputs(device, torch.float16, M, K, N, R),
+            strict=True,
+        )
+    )
+    rows, columns = given[which].shape
+    buffer = randn(device, torch.float16, rows, 2 * columns, scale=0.1)
+    for view in (buffer[:, :columns], buffer.view(-1)[: rows * columns].view(rows, columns)):
+        assert view.data_ptr() == buffer.data_ptr()
+        x, _, weight, lora_A, lora_B = (given | {which: view}).values()
+        y, s, _ = lora_one_pass(x, weight, lora_A, lora_B, 0.5)
+        assert_rounded(s, 0.5 * x.double() @ lora_A.double().t(), torch.float16, depth=K)
+        expected = x.double() @ weight.double().t() + s.double() @ lora_B.double().t()
+        assert_rounded(y, expected, torch.float16, depth=K + R)
+
+
+def test_a_plan_is_of_one_layout(device, monkeypatch):
+    M, K, N, R = (512, 1024, 1160, 16) if HAS_CUDA else (140, 72, 136, 16)
+    x, _, weight, lora_A, lora_B = inputs(device, torch.float16, M, K, N, R)
+    plan, made = one_pass_module._plan, set()
+
+    def noted(*key):
+        made.add(plan(*key))
+        return plan(*key)
+
+    monkeypatch.setattr(one_pass_module, "_plan", noted)
+    wide = randn(device, torch.float16, M, 2 * K)
+    for given in (x, wide[:, :K], x.clone()):
+        lora_one_pass(given, weight, lora_A, lora_B, 0.5)
+    assert len(made) == 2
 
 
 def test_the_linear_takes_it_where_it_fits(device, monkeypatch):
