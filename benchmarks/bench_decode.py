@@ -30,10 +30,7 @@ from fastlora import autograd_multi
 from fastlora.bench.cases import SERVE_TABLE
 from fastlora.bench.clock import CudaClock, time_graphs
 from fastlora.kernels import launch, multi_add, multi_gemm
-from fastlora.kernels.config_multi import (
-    MULTI_BLOCK_M,
-    multi_decode_config,
-)
+from fastlora.kernels.config_multi import MULTI_BLOCK_M, multi_decode_config
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 from fastlora.kernels.multi_shrink_rows import lora_multi_shrink_rows
 

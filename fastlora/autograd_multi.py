@@ -16,16 +16,8 @@ from torch import Tensor
 from fastlora.adapters import Routing
 from fastlora.autograd import refuse_graph_of_backward, waited_for
 from fastlora.kernels.common import device_properties
-from fastlora.kernels.config import (
-    LaunchConfig,
-    dropout_threshold,
-    keep_scale,
-)
-from fastlora.kernels.config_multi import (
-    MULTI_BLOCK_M,
-    multi_reads_rows,
-    multi_shrink_parts,
-)
+from fastlora.kernels.config import LaunchConfig, dropout_threshold, keep_scale
+from fastlora.kernels.config_multi import MULTI_BLOCK_M, multi_reads_rows, multi_shrink_parts
 from fastlora.kernels.launch import Aside
 from fastlora.kernels.multi_add import frozen_product, lora_multi_add
 from fastlora.kernels.multi_decode import lora_multi_decode

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels.config import cdiv
-from fastlora.kernels.config_multi import (
-    MULTI_BLOCK_M,
-    MULTI_TILES,
-)
+from fastlora.kernels.config_multi import MULTI_BLOCK_M, MULTI_TILES
 
 NO_ADAPTER = -1
 """The id of a row that uses no adapter: the frozen layer alone."""

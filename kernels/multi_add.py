@@ -11,11 +11,7 @@ from torch import Tensor
 
 from .common import adapters_of_rows, add_bias, strides
 from .config import cdiv
-from .config_multi import (
-    MULTI_ADD_COLUMNS,
-    multi_reads_rows,
-    rows_ranks,
-)
+from .config_multi import MULTI_ADD_COLUMNS, multi_reads_rows, rows_ranks
 from .launch import Launch, cached_plan
 
 

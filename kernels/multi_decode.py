@@ -18,10 +18,7 @@ from .common import (
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import (
-    LaunchConfig,
-    cdiv,
-)
+from .config import LaunchConfig, cdiv
 from .config_multi import rows_ranks
 from .launch import Launch, cached_plan
 from .multi_add import gather_rows, update_of_rows

@@ -29,20 +29,8 @@ from .common import (
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import (
-    LaunchConfig,
-    cdiv,
-    gemm_boxes,
-    gemm_pointer_config,
-    next_power_of_2,
-    rank_step,
-)
-from .config_multi import (
-    multi_decode_config,
-    multi_gathers,
-    multi_gemm_tma_config,
-    slots_at_once,
-)
+from .config import LaunchConfig, cdiv, gemm_boxes, gemm_pointer_config, next_power_of_2, rank_step
+from .config_multi import multi_decode_config, multi_gathers, multi_gemm_tma_config, slots_at_once
 from .dropout import load_keep
 from .launch import Launch, cached_plan
 from .multi_add import can_keep_fp32

@@ -22,18 +22,8 @@ from .common import (
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import (
-    LaunchConfig,
-    cdiv,
-    gemm_boxes,
-    next_power_of_2,
-    rank_step,
-)
-from .config_multi import (
-    MULTI_RING_CHUNK,
-    multi_ring_config,
-    slots_at_once,
-)
+from .config import LaunchConfig, cdiv, gemm_boxes, next_power_of_2, rank_step
+from .config_multi import MULTI_RING_CHUNK, multi_ring_config, slots_at_once
 from .launch import Launch, cached_plan
 from .multi_slots import add_slot_products
 

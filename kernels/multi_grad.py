@@ -8,10 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import device_properties, dot, dot_precision, rank_of, strides
-from .config import (
-    cdiv,
-    rank_block,
-)
+from .config import cdiv, rank_block
 from .config_multi import multi_grad_config
 from .dropout import load_keep
 from .launch import Launch, cached_plan

@@ -18,11 +18,7 @@ from .common import (
     strides,
     wait_for_previous_kernel,
 )
-from .config import (
-    cdiv,
-    dropout_threshold,
-    keep_scale,
-)
+from .config import cdiv, dropout_threshold, keep_scale
 from .config_multi import multi_shrink_config
 from .dropout import keep_bits, unpack_bits
 from .launch import Launch, cached_plan
