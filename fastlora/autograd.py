@@ -22,6 +22,7 @@ from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.kernels.lora_one_pass import fits_one_pass, lora_one_pass
 from fastlora.kernels.lora_product import adds_frozen_product, lora_dx, lora_y
 from fastlora.kernels.lora_shrink import lora_shrink
+from fastlora.replay import replayed
 
 _EAGERLY = "; run this part eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
 
@@ -168,11 +169,18 @@ def no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
 class KernelFunction(torch.autograd.Function):
     """A Function that `torch.func` can transform, without what that costs everybody else."""
 
+    NUMBER: int | None = None
+    """Position of the argument that differs from call to call, where `fastlora.replay` makes calls."""
+
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Call it. torch's own `apply` binds the arguments to a signature first: longer than a launch."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)  # type: ignore[no-untyped-call]
+        if cls.NUMBER is not None:
+            found = replayed(cls, args)
+            if found is not None:
+                return found
         # The rest of torch's: what a transform that is over left around a tensor comes off.
         args = unwrap_dead_wrappers(args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
@@ -213,6 +221,8 @@ class _LoRALinearBackward(BackwardFunction):
 
 class LoRALinearFunction(KernelFunction):
     """``y = x W0^T + bias + scaling * dropout(x) A^T B^T`` on 2-D tensors, with s and the mask beside it."""
+
+    NUMBER = 7
 
     forward = staticmethod(fused_forward)
     setup_context = staticmethod(setup_context)

@@ -12,7 +12,7 @@ import functools
 import re
 import struct
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,12 +106,35 @@ def _expected(types: list[str], arguments: int) -> list[tuple[int, str, int]] | 
     return expected
 
 
+class Packed(NamedTuple):
+    """What all launches of a kernel share, and where each argument goes: by position and offset."""
+
+    function: int
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+    early: bool
+    """Whether it may begin beside the kernel before it."""
+    parameters: bytes
+    offsets: list[int]
+    """Of every parameter."""
+    scalars: list[tuple[int, int, str]]
+    """Pointers and numbers, with their format of `struct`."""
+    maps: list[tuple[int, int, int, tuple[int, ...]]]
+    """Tensor maps, with swizzle and block."""
+
+    @staticmethod
+    def type_of(dtype: torch.dtype) -> int:
+        """The driver's name of a dtype."""
+        return _TMA_TYPES[dtype]
+
+
 class DirectLaunch:
     """One compiled kernel with a grid and sizes; use `direct_launch` to make it."""
 
     __slots__ = (
         "_blobs", "_buffer", "_config", "_config_address", "_function", "_held", "_lock", "_maps", "_meta",
-        "_numbers", "_offset", "_pack", "_parameters", "_pointers",
+        "_numbers", "_offset", "_offsets", "_pack", "_parameters", "_pointers", "_scalars",
     )  # fmt: skip
 
     def __init__(
@@ -140,6 +163,7 @@ class DirectLaunch:
                 scalars.append((offset, kind, position))
             elif kind != "in map":
                 struct.pack_into(f"<{kind}", self._buffer, offset, sizes[position - arguments])
+        self._scalars, self._offsets = scalars, [offset for offset, _ in layout]
         # One run of bytes, pointers before numbers, which the padding between them may overwrite.
         self._offset, text, at = (scalars[0][0] if scalars else 0), "<", None
         for offset, kind, _ in scalars:
@@ -159,6 +183,15 @@ class DirectLaunch:
         self._function, self._parameters = made.function, ctypes.addressof(pointers)
         self._held = (raw, pointers, attribute, made)  # what the addresses above point into
         self._lock = threading.Lock()
+
+    def packed(self) -> Packed:
+        """What a launch is made of, for who makes it elsewhere."""
+        config = self._config
+        return Packed(
+            self._function, tuple(config.grid), config.block[0], config.shared, config.count > 0,
+            bytes(self._buffer), self._offsets, [(p, o, kind) for o, kind, p in self._scalars],
+            [(*at, *meta) for at, meta in zip(self._maps, self._meta, strict=True)],
+        )  # fmt: skip
 
     def __call__(self, stream: int, args: tuple[Any, ...]) -> None:
         """Launch.
@@ -227,11 +260,11 @@ class DirectLaunch:
         )  # fmt: skip
         _check(code, f"a tensor map of {tuple(shape)}, strides {strides}, tile {block},")
         tensor_map = raw.raw[start : start + _MAP_BYTES]
-        return tensor_map + struct.pack(_behind_map(rank), *shape, *strides[:-1], 1)
+        return tensor_map + struct.pack(behind_map(rank), *shape, *strides[:-1], 1)
 
 
-def _behind_map(rank: int) -> str:
-    """What Triton puts behind a tensor map, as a format: shape and strides, in their order of alignment."""
+def behind_map(rank: int) -> str:
+    """What Triton puts behind a tensor map, as a format of `struct`: shape and strides, aligned."""
     return f"<{rank}i{4 * (rank % 2)}x{rank}q"
 
 

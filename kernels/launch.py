@@ -8,7 +8,9 @@ dtypes, and a call of it goes straight to the compiled kernel (`fastlora.kernels
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import random
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,6 +20,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import native
 from .direct import DirectLaunch, direct_launch
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,13 +31,33 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 _interpreter = threading.Lock()  # it keeps the program index, and patches triton.language, globally
 _MAX_COMPILED = 4096
 _runtime = knobs.runtime
+_tickets = itertools.count(random.SystemRandom().randrange(1 << 40, 1 << 61, 2), 2)
 
 
-def _current_device() -> int:
+class _Recording(threading.local):
+    """Who takes down this thread's launches instead of making them: a `fastlora.kernels.tape.Recorder`."""
+
+    tape: Any = None
+
+
+recording = _Recording()
+
+
+def new_ticket() -> int:
+    """A number that marks something as made: used once, so that memory need not be cleared before.
+
+    Even here, odd in `replay.cpp`.
+    """
+    return next(_tickets) if recording.tape is None else int(recording.tape.ticket())
+
+
+def current_device() -> int:
+    """The index of the current GPU."""
     return torch._C._cuda_getDevice()
 
 
-def _current_stream(index: int) -> int:
+def current_stream(index: int) -> int:
+    """The handle of a GPU's current stream."""
     return torch._C._cuda_getCurrentRawStream(index)
 
 
@@ -59,6 +82,7 @@ def clear_plans() -> None:
     """Forget the plans, for when something that they were made from is replaced, as tests do."""
     for cached in _plans:
         cached.cache_clear()
+    native.clear()
 
 
 def _compile_and_run(
@@ -75,7 +99,7 @@ def _compile_and_run(
         ) from error
 
 
-def _profiled() -> bool:
+def profiled() -> bool:
     """Whether a profiler wants to see launches: its hook is a function in Triton 3.4, then a chain."""
     hook = _runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
@@ -125,19 +149,38 @@ class Launch:
 
     def __call__(self, *args: Any) -> None:
         """Launch on the current stream of the device: ``kernel[grid](*args, *sizes, **options)``."""
+        if recording.tape is not None:
+            recording.tape.launch(self, args)
+            return
         device = self._device
         if device.type != "cuda":
             with _interpreter:
                 self._run_anew(args)
             return
-        if device.index != _current_device():
+        if device.index != current_device():
             with torch.cuda.device(device):
                 self(*args)
             return
         ready = self._ready
-        if ready is not None and not _profiled():  # noqa: SIM102
-            if ready.launch_aligned(_current_stream(device.index), args):
+        if ready is not None and not profiled():  # noqa: SIM102
+            if ready.launch_aligned(current_stream(device.index), args):
                 return
+        signature = self._signature(args)
+        launch = self._found.get(signature)
+        if launch is None or profiled():
+            self._launch_anew(signature, args)
+            return
+        launch(current_stream(device.index), args)
+
+    def prepared(self, args: tuple[Any, ...]) -> DirectLaunch | None:
+        """The direct launch of arguments like these, all at multiples of 16, once there has been one."""
+        found = self._ready or self._found.get(self._signature(args))
+        ready = isinstance(found, DirectLaunch) and False not in self._signature(args)
+        return found if ready else None  # type: ignore[return-value]
+
+    @staticmethod
+    def _signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a kernel is compiled for."""
         key: list[Any] = []
         pointers: list[int] = []
         for a in args:
@@ -153,12 +196,7 @@ class Launch:
         alignments = [pointer & 15 == 0 for pointer in pointers]
         if not all(alignments):  # Triton compiles for each of them whether it is aligned
             key += alignments
-        signature = tuple(key)
-        launch = self._found.get(signature)
-        if launch is None or _profiled():
-            self._launch_anew(signature, args)
-            return
-        launch(_current_stream(device.index), args)
+        return tuple(key)
 
     def _run_anew(self, args: tuple[Any, ...]) -> Any:
         boxes = self._boxes
@@ -174,7 +212,7 @@ class Launch:
         everything = (
             id(self._kernel), self._device.index, signature, sizes, self._boxes, *self._options.items()
         )  # fmt: skip
-        if everything in _compiled and not _profiled():
+        if everything in _compiled and not profiled():
             self._remember(signature, _compiled[everything], names, len(args))
             self(*args)
             return
@@ -224,7 +262,7 @@ class Aside:
 
     def __init__(self, device: torch.device) -> None:
         """A branch on a device, if it is capturing."""
-        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        captured = device.type == "cuda" and torch.cuda.iscurrent_stream_capturing()
         self._current: Any = torch.cuda.current_stream(device) if captured else None
         self._side: Any = _side_stream(device) if captured else None
 

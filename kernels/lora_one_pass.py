@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 from typing import NamedTuple
 
 import torch
@@ -30,12 +28,9 @@ from .common import (
 )
 from .config import LaunchConfig, cdiv, gemm_boxes, gemm_tma_config, rank_block
 from .config_one_pass import one_pass_backward, one_pass_makers, one_pass_stages
-from .launch import Launch, cached_plan
+from .launch import Launch, cached_plan, new_ticket
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-
-_tickets = itertools.count(random.SystemRandom().randrange(1 << 40, 1 << 62), 2)
-"""Numbers that mark rows of s as made: none is used twice, so that memory need not be cleared before."""
 
 
 class Ready(NamedTuple):
@@ -291,7 +286,7 @@ def lora_one_pass(
     marks = torch.empty(rows, dtype=torch.int64, device=x.device)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         marks.zero_()  # each replay has the ticket of the one before
-    ticket = next(_tickets)
+    ticket = new_ticket()
     launch(
         x, weight, down, s, up, y, s, marks, bias,
         scaling if isinstance(scaling, Tensor) else float(scaling), ticket,

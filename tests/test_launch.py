@@ -36,8 +36,8 @@ class FakeKernel:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(launching, "_current_device", lambda: 0)
-    monkeypatch.setattr(launching, "_current_stream", lambda index: 77)
+    monkeypatch.setattr(launching, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "current_stream", lambda index: 77)
     return FakeKernel()
 
 
@@ -134,7 +134,7 @@ def test_another_device_is_made_current(kernel, monkeypatch):
         def __exit__(self, *_):
             current[0] = self.before
 
-    monkeypatch.setattr(launching, "_current_device", lambda: current[0])
+    monkeypatch.setattr(launching, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", Switch)
     plan(kernel)(X, 2.0)
     assert len(kernel.analysed) == 1
@@ -356,8 +356,8 @@ def test_a_fixed_plan_looks_at_alignment_alone(monkeypatch):
             launches.append((stream, args, "by its signature"))
 
     monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(launching, "_current_device", lambda: 0)
-    monkeypatch.setattr(launching, "_current_stream", lambda index: 77)
+    monkeypatch.setattr(launching, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "current_stream", lambda index: 77)
     monkeypatch.setattr(launching, "direct_launch", lambda *_: Direct())
     kernel = FakeKernel()
     launch = launching.Launch(kernel, (3,), DEVICE, 8, fixed=True, BLOCK=64, FLAG=True)
