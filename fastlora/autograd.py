@@ -22,6 +22,7 @@ from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.kernels.lora_one_pass import fits_one_pass, lora_one_pass
 from fastlora.kernels.lora_product import adds_frozen_product, lora_dx, lora_y
 from fastlora.kernels.lora_shrink import lora_shrink
+from fastlora.reference import draw_seed
 from fastlora.replay import replayed
 
 _EAGERLY = "; run this part eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
@@ -138,12 +139,13 @@ def gradients(
     ``backward`` is `fused_backward`, or a form of it that autograd or torch.compile sees as one op.
     """
     x, weight, lora_A, lora_B, s, mask, scaling_tensor = ctx.saved_tensors
+    x = None if x is None else rows_of(x)
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     dx, da, db = backward(
         dy, x, weight, lora_A, lora_B, s, mask, scaling_tensor, ctx.scaling, ctx.dropout_p,
         need_x, need_a, need_b,
     )  # fmt: skip
-    dw = dy.t() @ x if need_w else None
+    dw = dy.t() @ x if need_w and x is not None else None
     dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
     return dx, dw, dbias, da, db, None, None, None, None
 
@@ -151,6 +153,19 @@ def gradients(
 def waited_for(dy: Tensor) -> Tensor:
     """A plain tensor: a collective still in flight has no data to point to, a copy waits for it."""
     return dy if type(dy) is Tensor else dy.clone()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``(..., K)`` as ``[M, K]``."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def shaped(y: Tensor, x: Tensor) -> Tensor:
+    """Rows ``[M, N]`` as those of x ``(..., K)`` lie; no view to autograd, for it may be changed in place."""
+    if x.dim() == 2:
+        return y
+    made: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
+    return made
 
 
 def refuse_graph_of_backward() -> None:
@@ -220,11 +235,30 @@ class _LoRALinearBackward(BackwardFunction):
 
 
 class LoRALinearFunction(KernelFunction):
-    """``y = x W0^T + bias + scaling * dropout(x) A^T B^T`` on 2-D tensors, with s and the mask beside it."""
+    """``y = x W0^T + bias + scaling * dropout(x) A^T B^T``, x ``(..., K)``, with s and the mask beside it."""
 
     NUMBER = 7
 
-    forward = staticmethod(fused_forward)
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        seed: Tensor | None,
+        scaling_tensor: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`fused_forward` of the rows of x, with a seed drawn where one is needed and there is none."""
+        if seed is None and dropout_p > 0:
+            seed = draw_seed(x.device)
+        y, s, mask = fused_forward(
+            rows_of(x), weight, bias, lora_A, lora_B, seed, scaling_tensor, scaling, dropout_p
+        )
+        return shaped(y, x), s, mask
+
     setup_context = staticmethod(setup_context)
 
     @staticmethod
@@ -233,4 +267,5 @@ class LoRALinearFunction(KernelFunction):
         if dy is None:
             return (None,) * 9
         dy = waited_for(dy)
-        return gradients(ctx, dy, _LoRALinearBackward.run)
+        dx, *others = gradients(ctx, rows_of(dy), _LoRALinearBackward.run)
+        return None if dx is None else shaped(dx, dy), *others

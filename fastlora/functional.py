@@ -11,6 +11,7 @@ from fastlora.dispatch import HAS_TRITON, Decision, decide_for, is_forced, probl
 if HAS_TRITON:
     from fastlora import ops
     from fastlora.autograd import LoRALinearFunction
+    from fastlora.replay import replayed
 
 
 def lora_linear(
@@ -61,6 +62,12 @@ def lora_linear(
         torch.Size([2, 5, 32])
     """
     compiling = torch.compiler.is_compiling()
+    if HAS_TRITON and not compiling:
+        made = _replayed(
+            x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p if training else 0.0
+        )
+        if made is not None:
+            return made
     if compiling:  # it would guard on the whole set
         signature, known = None, False
     else:
@@ -73,21 +80,24 @@ def lora_linear(
         dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         x, weight, bias = autocast_linear(x, weight, bias)
     dropout_p = dropout_p if training else 0.0
-    seed = mask_seed(seed, dropout_p, x.device)
     if not known and problem_for(x, weight, lora_A, lora_B):
         reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
         return reference.lora_linear(
             x, weight, lora_A, lora_B,
-            bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
+            bias=bias, scaling=scaling, dropout_p=dropout_p,
+            seed=mask_seed(seed, dropout_p, x.device),
         )  # fmt: skip
     if not known:
         remember_fused(signature)
+    if compiling or seed is not None:  # otherwise the Function draws it
+        seed = mask_seed(seed, dropout_p, x.device)
     if compiling and not isinstance(scaling, Tensor):
         # As a number it would be a constant of the op, and every new value a recompilation.
         scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     run = ops.lora_linear if compiling else LoRALinearFunction.apply
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 or not compiling else x.reshape(-1, x.shape[-1])
+    y: Tensor
     y, _, _ = run(
         rows,
         weight,
@@ -99,8 +109,41 @@ def lora_linear(
         1.0 if isinstance(scaling, Tensor) else float(scaling),
         dropout_p,
     )
-    shaped: Tensor = y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
-    return shaped
+    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _replayed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+) -> Tensor | None:
+    """What `fastlora.replay` makes of a call like one that was checked and recorded before."""
+    if not isinstance(x, Tensor) or is_forced() or _is_cast(x, weight, bias):
+        return None
+    by_tensor = isinstance(scaling, Tensor)
+    made = replayed(
+        LoRALinearFunction,
+        (
+            x, weight, bias, lora_A, lora_B, seed if dropout_p else None,
+            scaling if by_tensor else None, 1.0 if by_tensor else scaling, dropout_p,
+        ),
+        learn=False,
+    )  # fmt: skip
+    return None if made is None else made[0]
+
+
+def _is_cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autocast casts an argument of a linear."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return False
+    dtype = torch.get_autocast_dtype(kind)
+    return x.dtype != dtype or weight.dtype != dtype or (bias is not None and bias.dtype != dtype)
 
 
 _known_fused: set[tuple[object, ...] | None] = set()
@@ -128,15 +171,8 @@ def signature_of(
     try:
         if is_forced():
             return None
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            if (
-                x.dtype != dtype
-                or weight.dtype != dtype
-                or (bias is not None and bias.dtype != dtype)
-            ):
-                return None  # something is cast
+        if _is_cast(x, weight, bias):
+            return None
         return (
             type(x), x.shape, x.dtype, x.device,
             type(weight), weight.shape, weight.dtype, weight.device,

@@ -21,17 +21,20 @@ from fastlora.kernels import native
 from fastlora.kernels.launch import current_device, current_stream, profiled
 from fastlora.kernels.tape import CannotRecordError, NotCompiledError, Recorder
 
-_refusals: dict[str, int] = {}
+refusals: dict[str, int] = {}
 """Why calls could not be recorded, and how many of them: for `python -m fastlora doctor` and for tests."""
 
 
-def replayed(function: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...] | None:
+def replayed(
+    function: Any, args: tuple[Any, ...], learn: bool = True
+) -> tuple[Tensor | None, ...] | None:
     """The outputs of ``function.apply(*args)``, ``None`` in place of those that have no gradient.
 
     Args:
         function: a `KernelFunction`; its ``NUMBER`` is the position of an argument that is a new number at
             each call.
         args (tuple): its arguments.
+        learn (bool): record the call where that is due; they must have been checked then. Default: ``True``.
 
     Returns:
         tuple | None: the outputs, or ``None`` where Python has to make them.
@@ -44,7 +47,7 @@ def replayed(function: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...] 
     index = args[0].get_device()
     if index != current_device() or profiled():
         return None
-    found = module.replay(id(function), args, function.NUMBER, current_stream(index))
+    found = module.replay(id(function), args, function.NUMBER, current_stream(index), learn)
     if type(found) is bytes:
         _learn(module, found, function, args)
         return None
@@ -61,7 +64,7 @@ def _learn(module: Any, key: bytes, function: Any, args: tuple[Any, ...]) -> Non
     except (NotCompiledError, torch.OutOfMemoryError):
         return
     except CannotRecordError as error:
-        _refusals[str(error)] = _refusals.get(str(error), 0) + 1
+        refusals[str(error)] = refusals.get(str(error), 0) + 1
         module.refuse(key)
         return
     module.keep(key, made)

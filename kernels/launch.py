@@ -262,7 +262,7 @@ class Aside:
 
     def __init__(self, device: torch.device) -> None:
         """A branch on a device, if it is capturing."""
-        captured = device.type == "cuda" and torch.cuda.iscurrent_stream_capturing()
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._current: Any = torch.cuda.current_stream(device) if captured else None
         self._side: Any = _side_stream(device) if captured else None
 

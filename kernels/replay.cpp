@@ -165,7 +165,7 @@ struct Launch {
   }
 };
 
-enum class Kind { Empty, View, Copy, Addmm, Zero, Launch };
+enum class Kind { Empty, View, Copy, Addmm, Zero, Randint, Launch };
 
 struct Step {
   Kind kind;
@@ -192,6 +192,9 @@ struct Step {
         return;
       case Kind::Zero:
         values[to].zero_();
+        return;
+      case Kind::Randint:
+        values[to].random_(0, offset);
         return;
       case Kind::Launch:
         (*launch)(run);
@@ -244,6 +247,10 @@ Step make_step(const py::tuple& t) {
   } else if (name == "zero") {
     step.kind = Kind::Zero;
     step.to = t[1].cast<size_t>();
+  } else if (name == "randint") {
+    step.kind = Kind::Randint;
+    step.to = t[1].cast<size_t>();
+    step.offset = t[2].cast<int64_t>();
   } else {
     TORCH_CHECK(name == "launch", "no such step: ", name);
     step.kind = Kind::Launch;
@@ -418,7 +425,7 @@ void put(std::string& key, int64_t value) {
 bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::Device& device, bool with_grad) {
   if (object == Py_None) {
     key.push_back('N');
-  } else if (THPVariable_Check(object)) {
+  } else if (THPVariable_CheckExact(object)) {
     const auto& t = THPVariable_Unpack(object);
     if (!plain(t) || (!tensors.empty() && t.device() != device)) return false;
     device = t.device();
@@ -441,7 +448,7 @@ bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::D
 }
 
 // The outputs of a call that was recorded; None: Python has to run it; a bytes object: it, and then record.
-py::object replay(int64_t function, const py::tuple& arguments, int64_t live, uintptr_t stream) {
+py::object replay(int64_t function, const py::tuple& arguments, int64_t live, uintptr_t stream, bool learn) {
   const bool with_grad = at::GradMode::is_enabled();
   if (observed()) return py::none();
   std::string key;
@@ -462,13 +469,16 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
   if (tensors.empty()) return py::none();
   const bool may_round = tensors[0].scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
   put(key, device.index() << 3 | with_grad << 2 | at::globalContext().deterministicAlgorithms() << 1 | may_round);
-  auto& entry = entries[key];
-  if (!entry.program) {
+  auto found = entries.find(key);
+  if (found == entries.end() || !found->second.program) {
+    if (!learn) return py::none();
+    if (entries.size() >= kMaxPrograms) entries.clear();
+    auto& entry = entries[key];
     const auto calls = ++entry.calls;
-    if (entries.size() > kMaxPrograms) entries.clear();
-    else if (!entry.refused && calls > 1 && (calls & (calls - 1)) == 0) return py::bytes(key);
+    if (!entry.refused && calls > 1 && (calls & (calls - 1)) == 0) return py::bytes(key);
     return py::none();
   }
+  const auto& entry = found->second;
   call->program = entry.program;
   call->stream = reinterpret_cast<void*>(stream);
   if (capturing(call->stream)) return py::none();

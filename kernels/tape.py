@@ -25,7 +25,7 @@ _EMPTY = {
 _VIEWS = {
     _aten.alias.default, _aten.as_strided.default, _aten.detach.default, _aten.expand.default,
     _aten.select.int, _aten.slice.Tensor, _aten.t.default, _aten.transpose.int, _aten.unsqueeze.default,
-    _aten.view.default,
+    _aten.view.default, _aten._unsafe_view.default,
 }  # fmt: skip
 _COPIES = {_aten._to_copy.default, _aten.clone.default}
 _TICKETS = 1 << 62  # above every number that an argument could be
@@ -173,6 +173,10 @@ class Recorder(TorchDispatchMode):
         if func is _aten.copy_.default:
             self._steps.append(("copy", self.value(args[0]), self.value(args[1])))
             return args[0]
+        if func is _aten.randint.default:
+            made = self._allocated(torch.empty(args[1], dtype=torch.int64, device=kwargs["device"]))
+            self._steps.append(("randint", self.value(made), args[0]))
+            return made
         if func is _aten.zero_.default:
             self._steps.append(("zero", self.value(args[0])))
             return args[0]

@@ -60,9 +60,7 @@ class InterpretedDriver:
 
     def prepared(self, launch: launching.Launch, args: tuple[Any, ...]) -> _Prepared:
         """In place of `Launch.prepared`."""
-        looks = [
-            (a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else type(a) for a in args
-        ]
+        looks = [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else type(a) for a in args]
         number = self._numbers.setdefault((id(launch), *looks), len(self._numbers) + 1)
         self._known[number] = launch, args
         return _Prepared(number, args)
