@@ -11,6 +11,7 @@ from fastlora.dispatch import HAS_TRITON, Decision, decide_for, is_forced, probl
 if HAS_TRITON:
     from fastlora import ops
     from fastlora.autograd import LoRALinearFunction
+    from fastlora.kernels import native
     from fastlora.replay import replayed
 
 
@@ -123,7 +124,12 @@ def _replayed(
     dropout_p: float,
 ) -> Tensor | None:
     """What `fastlora.replay` makes of a call like one that was checked and recorded before."""
-    if not isinstance(x, Tensor) or is_forced() or _is_cast(x, weight, bias):
+    if (
+        native.module is None
+        or not isinstance(x, Tensor)
+        or is_forced()
+        or _is_cast(x, weight, bias)
+    ):
         return None
     by_tensor = isinstance(scaling, Tensor)
     made = replayed(
@@ -140,7 +146,7 @@ def _replayed(
 def _is_cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether autocast casts an argument of a linear."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind not in ("cuda", "cpu") or not torch.is_autocast_enabled(kind):
         return False
     dtype = torch.get_autocast_dtype(kind)
     return x.dtype != dtype or weight.dtype != dtype or (bias is not None and bias.dtype != dtype)

@@ -120,14 +120,19 @@ def compiled() -> Path:
     return path
 
 
+def compiler() -> str | None:
+    """The C++ compiler: ``$CXX``, or what is on the path."""
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
 def _command() -> list[str]:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not compiler:
+    found = compiler()
+    if not found:
         raise RuntimeError("there is no C++ compiler: neither CXX, nor c++ or g++")
     torch_folder = Path(torch.__file__).parent
     include = torch_folder / "include"
     return [
-        compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-w",
+        found, "-std=c++20", "-O2", "-shared", "-fPIC", "-w",
         f"-DTORCH_EXTENSION_NAME={_NAME}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-I{include}", f"-I{include / 'torch/csrc/api/include'}",

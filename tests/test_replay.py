@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,8 @@ pytestmark = pytest.mark.no_poison
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
+    if not native.compiler() or not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("needs a C++ compiler and Python's headers")
     if HAS_CUDA:
         assert native.wait() == ""
         return native.module
@@ -169,17 +173,13 @@ def test_a_scaling_tensor_is_read_at_each_call(driver: Any, where: str) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_one_pass_is_replayed(driver: Any, monkeypatch: pytest.MonkeyPatch, p: float) -> None:
     monkeypatch.setattr(autograd, "fits_one_pass", lambda *args, **kwargs: True)
-    case = {"shape": (70, 64), "N": 48, "dropout_p": p}
-    if HAS_CUDA:  # there it has to fit
-        monkeypatch.undo()
-        case = {"shape": (1024, 2048), "N": 2048, "dropout_p": p}
     seed = torch.tensor(7, device=DEVICE)
     tickets = []
     new_ticket = lora_one_pass.new_ticket
     monkeypatch.setattr(
         lora_one_pass, "new_ticket", lambda: tickets.append(new_ticket()) or tickets[-1]
     )
-    layer = Layer(**case, seed=seed).learn()
+    layer = Layer(dropout_p=p, seed=seed).learn()
     assert bool(tickets) == (p == 0)
     tickets.clear()
     assert is_replayed(layer.forward())

@@ -88,7 +88,11 @@ def test_func_vjp(oracle, device, recording):
 
 def test_functional_call(device, x):
     layer = layer_of(device, 0.5)
-    expected = grads_of(layer, x, layer)
+    torch.manual_seed(1)
+    layer(
+        x
+    ).square().sum().backward()  # without x's gradient, which other kernels would make beside them
+    expected = [layer.lora_A.grad, layer.lora_B.grad]
     parameters = {n: p.detach() for n, p in layer.named_parameters()}
 
     def loss(parameters):
@@ -96,7 +100,7 @@ def test_functional_call(device, x):
         return functional_call(layer, parameters, (x,)).square().sum()
 
     got = grad(loss)(parameters)
-    assert_same([got["lora_A"], got["lora_B"]], expected[2:])
+    assert_same([got["lora_A"], got["lora_B"]], expected)
 
 
 def test_vmap_over_adapters_is_an_error_that_names_the_way_out(oracle, device):

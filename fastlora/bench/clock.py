@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fastlora.bench.stats import spread
+from fastlora.kernels import native
 
 Call = Callable[[int], object]
 """What is timed; its argument says which set of inputs to use."""
@@ -108,7 +109,8 @@ class CudaClock(Clock):
     """CUDA events on the current stream of one GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Make ``device`` the current one."""
+        """Make ``device`` the current one; eager calls are as they are once `replay.cpp` is compiled."""
+        native.wait()
         self.device = device
         torch.cuda.set_device(device)
         event: Any = torch.cuda.Event  # its constructor has no annotations in some versions

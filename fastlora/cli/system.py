@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 import fastlora
+from fastlora.kernels import native
 
 LIBRARIES = ("torch", "triton", "peft", "transformers", "loralib", "numpy")
 
@@ -79,7 +80,8 @@ def source_state() -> dict[str, str]:
     """The git commit of the checkout, and a hash of the sources, which are there without git as well."""
     package = Path(fastlora.__file__).resolve().parent
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("*.py"), *(package / "kernels").glob("*.py")]):
+    kernels = package / "kernels"
+    for path in sorted([*package.glob("*.py"), *kernels.glob("*.py"), *kernels.glob("*.cpp")]):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     state = {"git commit": "unknown", "sources": digest.hexdigest()[:12]}
@@ -113,6 +115,8 @@ def describe_machine(device: torch.device) -> dict[str, str]:
         facts["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
         facts["driver"] = driver_version()
         facts["CUDA of torch"] = str(torch.version.cuda)
+        problem = native.wait()
+        facts["eager calls"] = f"made by Python: {problem}" if problem else "made by C++"
     else:
         facts["GPU"] = "none that CUDA can use"
         facts["CPU"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
