@@ -185,7 +185,7 @@ class KernelFunction(torch.autograd.Function):
     """A Function that `torch.func` can transform, without what that costs everybody else."""
 
     NUMBER: int | None = None
-    """Position of the argument that differs from call to call, where `fastlora.replay` makes calls."""
+    """Where `fastlora.replay` makes calls: the position of the number that each call has anew, or -1."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:

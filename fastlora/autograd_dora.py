@@ -139,6 +139,8 @@ class _DoRALinearBackward(BackwardFunction):
 class DoRALinearFunction(KernelFunction):
     """``y = g * (x W0^T + scaling * x A^T B^T) + bias`` on 2-D tensors, with s, g, norm and z beside it."""
 
+    NUMBER = 7
+
     forward = staticmethod(fused_forward)
     setup_context = staticmethod(setup_context)
 

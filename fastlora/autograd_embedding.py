@@ -127,18 +127,27 @@ def _torchs_scatter(
 
 
 class LoRAEmbeddingFunction(KernelFunction):
-    """``y = weight[ids] + scaling * A[:, ids]^T B^T`` for 1-D ids, fused."""
+    """``y = weight[ids] + scaling * A[:, ids]^T B^T`` for 1-D ids, fused, with s beside it."""
+
+    NUMBER = 5
+
+    forward = staticmethod(fused_forward)
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """Take the arguments of `fused_forward`; give y ``[M, N]``."""
-        y, s = fused_forward(*inputs)
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
+    ) -> None:
+        """Keep what the needed gradients need."""
+        s = output[1]
+        ctx.mark_non_differentiable(*(() if s is None else (s,)))
+        ctx.set_materialize_grads(False)  # no zeros for s
         keep(ctx, inputs, s)
-        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
+        if dy is None:
+            return (None,) * 10
         refuse_graph_of_backward()
         return (
             None,

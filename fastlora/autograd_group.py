@@ -216,6 +216,8 @@ class _GroupBackward(BackwardFunction):
 class LoRALinearGroupFunction(KernelFunction):
     """The linears of a group on a 2-D x, with s and the mask beside their outputs."""
 
+    NUMBER = -1
+
     forward = staticmethod(fused_forward)
     setup_context = staticmethod(setup_context)
 

@@ -27,6 +27,7 @@ if HAS_TRITON:
         fused_forward,
         is_transformed,
     )
+    from fastlora.replay import replayed
 
 
 def lora_embedding(
@@ -136,9 +137,10 @@ def lora_embedding(
     if compiling:
         y, _ = ops_embedding.lora_embedding(*arguments)
     elif recorded or is_transformed():
-        y = LoRAEmbeddingFunction.apply(*arguments)
+        y, _ = LoRAEmbeddingFunction.apply(*arguments)
     else:
-        y, _ = fused_forward(*unwrap_dead_wrappers(arguments[:5]), *arguments[5:])
+        made = replayed(LoRAEmbeddingFunction, arguments)
+        y, _ = made or fused_forward(*unwrap_dead_wrappers(arguments[:5]), *arguments[5:])
     shaped: Tensor = y if ids.dim() == 1 else y.view(*ids.shape, weight.shape[1])
     return shaped
 

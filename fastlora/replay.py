@@ -32,7 +32,7 @@ def replayed(
 
     Args:
         function: a `KernelFunction`; its ``NUMBER`` is the position of an argument that is a new number at
-            each call.
+            each call, or -1.
         args (tuple): its arguments.
         learn (bool): record the call where that is due; they must have been checked then. Default: ``True``.
 

@@ -165,7 +165,7 @@ struct Launch {
   }
 };
 
-enum class Kind { Empty, View, Copy, Addmm, Zero, Randint, Launch };
+enum class Kind { Empty, View, Copy, Addmm, Zero, Randint, Sort, Launch };
 
 struct Step {
   Kind kind;
@@ -195,6 +195,9 @@ struct Step {
         return;
       case Kind::Randint:
         values[to].random_(0, offset);
+        return;
+      case Kind::Sort:
+        std::tie(values[to], values[b]) = at::sort(values[a], /*stable=*/std::optional<bool>(true), /*dim=*/-1, /*descending=*/false);
         return;
       case Kind::Launch:
         (*launch)(run);
@@ -251,6 +254,11 @@ Step make_step(const py::tuple& t) {
     step.kind = Kind::Randint;
     step.to = t[1].cast<size_t>();
     step.offset = t[2].cast<int64_t>();
+  } else if (name == "sort") {
+    step.kind = Kind::Sort;
+    step.to = t[1].cast<size_t>();
+    step.b = t[2].cast<size_t>();
+    step.a = t[3].cast<size_t>();
   } else {
     TORCH_CHECK(name == "launch", "no such step: ", name);
     step.kind = Kind::Launch;
@@ -441,6 +449,13 @@ bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::D
   } else if (PyBool_Check(object) || PyLong_CheckExact(object)) {
     key.push_back('i');
     put(key, PyLong_AsLongLong(object));
+  } else if (PyTuple_CheckExact(object) || PyList_CheckExact(object)) {
+    key.push_back('(');
+    put(key, PySequence_Fast_GET_SIZE(object));
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); i++) {
+      PyObject* item = PySequence_Fast_GET_ITEM(object, i);
+      if (THPVariable_Check(item) || !describe(item, key, tensors, device, with_grad)) return false;
+    }
   } else {
     return false;
   }

@@ -24,8 +24,9 @@ _EMPTY = {
 }  # fmt: skip
 _VIEWS = {
     _aten.alias.default, _aten.as_strided.default, _aten.detach.default, _aten.expand.default,
-    _aten.select.int, _aten.slice.Tensor, _aten.t.default, _aten.transpose.int, _aten.unsqueeze.default,
-    _aten.view.default, _aten._unsafe_view.default,
+    _aten.select.int, _aten.slice.Tensor, _aten.split.Tensor, _aten.split_with_sizes.default,
+    _aten.t.default, _aten.transpose.int, _aten.unsqueeze.default, _aten.view.default,
+    _aten._unsafe_view.default,
 }  # fmt: skip
 _COPIES = {_aten._to_copy.default, _aten.clone.default}
 _TICKETS = 1 << 62  # above every number that an argument could be
@@ -162,13 +163,31 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Note one of torch's operations."""
         kwargs = kwargs or {}
-        if func in _VIEWS:
+        if func in _VIEWS or func is _aten.promote_types.default:
             return func(*args, **kwargs)
         if func in _EMPTY:
             return self._allocated(func(*args, **kwargs))
         if func in _COPIES:
             made = self._allocated(torch.empty_like(args[0], **_like(kwargs)))
             self._steps.append(("copy", self.value(made), self.value(args[0])))
+            return made
+        if func is _aten.cat.default:
+            return self._stacked(*args)
+        if func is _aten.sort.stable and (args[1:], kwargs) == ((), {"stable": True}):
+            values, indices = (
+                torch.empty_like(args[0]),
+                torch.empty_like(args[0], dtype=torch.int64),
+            )
+            source = self.value(args[0])
+            self._add(values)
+            self._add(indices)
+            self._steps.append(("sort", self._size - 2, self._size - 1, source))
+            return values, indices
+        if func is _aten.zeros.default:
+            made = self._allocated(
+                torch.empty(args[0], dtype=kwargs["dtype"], device=kwargs["device"])
+            )
+            self._steps.append(("zero", self.value(made)))
             return made
         if func is _aten.copy_.default:
             self._steps.append(("copy", self.value(args[0]), self.value(args[1])))
@@ -185,6 +204,20 @@ class Recorder(TorchDispatchMode):
             self._steps.append(("addmm", to, a, b))
             return args[0]
         raise CannotRecordError(f"{func} among what it does")
+
+    def _stacked(self, tensors: list[Tensor], dim: int = 0) -> Tensor:
+        """`torch.cat`, as copies."""
+        sizes = [t.shape[dim] for t in tensors]
+        shape = list(tensors[0].shape)
+        shape[dim] = sum(sizes)
+        made = self._allocated(torch.empty(shape, dtype=tensors[0].dtype, device=tensors[0].device))
+        if any(t.dtype != made.dtype for t in tensors):
+            raise CannotRecordError("tensors of several dtypes in one")
+        start = 0
+        for t, size in zip(tensors, sizes, strict=True):
+            self._steps.append(("copy", self.value(made.narrow(dim, start, size)), self.value(t)))
+            start += size
+        return made
 
     def _allocated(self, t: Tensor) -> Tensor:
         self._steps.append(("empty", self._size, list(t.shape), list(t.stride()), t.dtype))

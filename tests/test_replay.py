@@ -157,6 +157,76 @@ def test_replayed_calls_are_python_s_bit_for_bit(driver: Any, case: dict[str, An
     assert_identical(other.step(scaling=-1.75), other.by_python(scaling=-1.75))
 
 
+def dora(dtype: torch.dtype, bias: bool, scaling: float) -> tuple[Any, list[Tensor]]:
+    shapes = ((70, 64), (48, 64), (8, 64), (48, 8))
+    x, weight, a, b = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+    offset = torch.randn(48, device=DEVICE).to(dtype) if bias else None
+    magnitude = torch.rand(48, device=DEVICE).to(dtype) + 1
+    wanted = [t.requires_grad_() for t in (x, a, b, magnitude)]
+    return lambda: [
+        fastlora.dora_linear(x, weight, a, b, magnitude, bias=offset, scaling=scaling)
+    ], wanted
+
+
+def group(dtype: torch.dtype, bias: bool, scaling: float) -> tuple[Any, list[Tensor]]:
+    sizes = (48, 32, 32)
+    x = torch.randn(2, 35, 64, device=DEVICE).to(dtype).requires_grad_()
+    weights = [torch.randn(n, 64, device=DEVICE).to(dtype) for n in sizes]
+    lora_As = [torch.randn(8, 64, device=DEVICE).to(dtype).requires_grad_() for _ in sizes]
+    lora_Bs = [torch.randn(n, 8, device=DEVICE).to(dtype).requires_grad_() for n in sizes]
+    biases = [torch.randn(n, device=DEVICE).to(dtype) for n in sizes] if bias else None
+
+    def run() -> list[Tensor]:
+        return list(
+            fastlora.lora_linear_group(x, weights, lora_As, lora_Bs, biases=biases, scaling=scaling)
+        )
+
+    return run, [x, *lora_As, *lora_Bs]
+
+
+def embedding(dtype: torch.dtype, bias: bool, scaling: float) -> tuple[Any, list[Tensor]]:
+    ids = torch.randint(100, (2, 35), device=DEVICE)
+    table, a, b = (
+        torch.randn(n, k, device=DEVICE).to(dtype) for n, k in ((100, 48), (8, 100), (48, 8))
+    )
+    padding = 3 if bias else None
+    wanted = [a.requires_grad_(), b.requires_grad_()]
+    return lambda: [
+        fastlora.lora_embedding(ids, table, a, b, scaling=scaling, padding_idx=padding)
+    ], wanted
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("op", [dora, group, embedding])
+def test_other_ops_are_python_s_bit_for_bit(
+    driver: Any, op: Any, dtype: torch.dtype, bias: bool, grad: bool
+) -> None:
+    def step(run: Any, wanted: list[Tensor]) -> list[Tensor]:
+        with torch.set_grad_enabled(grad):
+            ys = run()
+        if not grad:
+            assert ys[0].grad_fn is None
+            return list(ys)
+        grads = torch.autograd.grad(ys, wanted, [torch.ones_like(y) for y in ys])
+        return [*(y.detach() for y in ys), *grads]
+
+    first = op(dtype, bias, 0.5)
+    for _ in range(4):
+        step(*first)
+    assert native.module.programs() == 1, replay.refusals
+    for scaling in (0.5,) if op is group else (0.5, -2.0):
+        case = op(dtype, bias, scaling)
+        found = step(*case)
+        module, native.module = native.module, None
+        try:
+            assert_identical(found, step(*case))
+        finally:
+            native.module = module
+    assert native.module.programs() == 1
+
+
 @pytest.mark.parametrize("where", [DEVICE, "cpu"])
 def test_a_scaling_tensor_is_read_at_each_call(driver: Any, where: str) -> None:
     scaling = torch.tensor(0.5, device=where)
