@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters import Routing
-from fastlora.autograd import refuse_graph_of_backward, waited_for
+from fastlora.autograd import (
+    KernelFunction,
+    refuse_graph_of_backward,
+    rows_of,
+    shaped,
+    waited_for,
+)
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig, dropout_threshold, keep_scale
 from fastlora.kernels.config_multi import MULTI_BLOCK_M, multi_reads_rows, multi_shrink_parts
@@ -208,6 +214,48 @@ def gradients(
     dw = dy.t() @ x if need_w else None
     dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
     return dx, dw, dbias, da, db
+
+
+class LoRALinearMultiForward(KernelFunction):
+    """y ``(..., N)`` for an x ``(..., K)``, where no gradient is needed: a call that can be replayed."""
+
+    NUMBER = -1
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: Tensor,
+        ranks: Tensor | None,
+        seed: Tensor | None,
+        dropout_p: float,
+        num_adapters: int,
+        kinds: tuple[tuple[int, int], ...],
+        *tables: Tensor,
+    ) -> tuple[Tensor]:
+        """`fused_forward` of the rows of x, for the routing with these `Routing.made` tables."""
+        routing = Routing.with_tables(num_adapters, kinds, tables)
+        y, _, _ = fused_forward(
+            rows_of(x),
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            scaling,
+            ranks,
+            seed,
+            dropout_p,
+            False,
+            routing,
+        )
+        return (shaped(y, x),)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
+        """Keep nothing."""
 
 
 class LoRALinearMultiFunction(torch.autograd.Function):

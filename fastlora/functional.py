@@ -128,7 +128,7 @@ def _replayed(
         native.module is None
         or not isinstance(x, Tensor)
         or is_forced()
-        or _is_cast(x, weight, bias)
+        or is_cast(x, weight, bias)
     ):
         return None
     by_tensor = isinstance(scaling, Tensor)
@@ -143,7 +143,7 @@ def _replayed(
     return None if made is None else made[0]
 
 
-def _is_cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether autocast casts an argument of a linear."""
     kind = x.device.type
     if kind not in ("cuda", "cpu") or not torch.is_autocast_enabled(kind):
@@ -177,7 +177,7 @@ def signature_of(
     try:
         if is_forced():
             return None
-        if _is_cast(x, weight, bias):
+        if is_cast(x, weight, bias):
             return None
         return (
             type(x), x.shape, x.dtype, x.device,

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.adapters import AdapterStack, Routing, route
-from fastlora.dispatch import HAS_TRITON, problem_for
-from fastlora.functional import autocast_linear, check_dropout, check_tensors
+from fastlora.dispatch import HAS_TRITON, is_forced, problem_for
+from fastlora.functional import autocast_linear, check_dropout, check_tensors, is_cast
 
 if HAS_TRITON:
     from fastlora import ops_multi
-    from fastlora.autograd_multi import LoRALinearMultiFunction
+    from fastlora.autograd_multi import LoRALinearMultiForward, LoRALinearMultiFunction
+    from fastlora.kernels import native
+    from fastlora.replay import replayed
 
 
 def lora_linear_multi(
@@ -67,6 +69,12 @@ def lora_linear_multi(
     stack = adapters if isinstance(adapters, AdapterStack) else _stack_of(adapters)
     lora_A, lora_B, ranks = stack.lora_A, stack.lora_B, stack.ranks
     scaling = stack.scaling if scaling is None else scaling
+    drops = dropout_p if training else 0.0
+    made = _replayed(
+        x, weight, bias, lora_A, lora_B, scaling, ranks, None, drops, adapter_ids, learn=False
+    )
+    if made is not None:
+        return made
     _check(x, weight, lora_A, lora_B, bias, scaling, ranks)
     dropout_p = check_dropout(dropout_p)
     dropout_p = dropout_p if training else 0.0
@@ -96,8 +104,48 @@ def lora_linear_multi(
     if compiling:
         y, _, _ = ops_multi.lora_linear_multi(*arguments, ops_multi.tables_of(routing))
     else:
+        made = _replayed(x, weight, *arguments[2:-1], routing, learn=True)
+        if made is not None:
+            return made
         y = LoRALinearMultiFunction.apply(*arguments, routing)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+def _replayed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor | float,
+    ranks: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    adapter_ids: Tensor | Routing,
+    *,
+    learn: bool,
+) -> Tensor | None:
+    """What `fastlora.replay` makes of a call without gradients; ``learn`` where it has been checked."""
+    if not HAS_TRITON or torch.compiler.is_compiling() or native.module is None:
+        return None
+    if torch.is_grad_enabled() or is_forced() or not isinstance(adapter_ids, Routing):
+        return None
+    if not isinstance(x, Tensor) or is_cast(x, weight, bias) or (dropout_p and seed is None):
+        return None
+    if type(scaling) is float:
+        scaling = _filled(scaling, len(lora_A), x.device)
+    elif not isinstance(scaling, Tensor) or scaling.dtype != torch.float32:
+        return None
+    kinds, tables = adapter_ids.made()
+    made = replayed(
+        LoRALinearMultiForward,
+        (
+            x, weight, bias, lora_A, lora_B, scaling, ranks, seed, dropout_p,
+            adapter_ids.num_adapters, kinds, *tables,
+        ),
+        learn,
+    )  # fmt: skip
+    return None if made is None else made[0]
 
 
 @functools.lru_cache(maxsize=64)

@@ -101,7 +101,7 @@ def record(function: Any, args: tuple[Any, ...]) -> dict[str, Any]:
     number = random.uniform(2.0, 3.0)
     with_grad = torch.is_grad_enabled()
     needs = tuple(with_grad and isinstance(a, Tensor) and a.requires_grad for a in args)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         stand_ins = _stand_ins(args)
         inputs = [a for a in stand_ins if isinstance(a, Tensor)]
         given = tuple(number if i == function.NUMBER else a for i, a in enumerate(stand_ins))
@@ -165,13 +165,16 @@ class _Backward:
 
 
 def _stand_ins(args: tuple[Any, ...]) -> list[Any]:
-    """The arguments without their gradients; empty tensors in place of those that share memory."""
+    """The arguments without their gradients; empty tensors in place of those that share memory.
+
+    In place of inference tensors too, whose operations a mode sees before they are taken apart.
+    """
     storages: set[int] = set()
     found: list[Any] = []
     for a in args:
         if isinstance(a, Tensor):
             storage = a.untyped_storage()._cdata
-            if storage in storages:
+            if storage in storages or a.is_inference():
                 a = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
             storages.add(storage)
             a = a.detach()

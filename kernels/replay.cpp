@@ -6,6 +6,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/ivalue.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -165,7 +166,7 @@ struct Launch {
   }
 };
 
-enum class Kind { Empty, View, Copy, Addmm, Zero, Randint, Sort, Launch };
+enum class Kind { Empty, View, Copy, Addmm, Mm, Zero, Randint, Sort, Launch };
 
 struct Step {
   Kind kind;
@@ -190,6 +191,12 @@ struct Step {
       case Kind::Addmm:
         values[to].addmm_(values[a], values[b]);
         return;
+      case Kind::Mm: {  // torch has it since 2.8 alone
+        using Mm = Tensor(const Tensor&, const Tensor&, at::ScalarType);
+        static const auto mm = c10::Dispatcher::singleton().findSchemaOrThrow("aten::mm", "dtype").typed<Mm>();
+        values[to] = mm.call(values[a], values[b], dtype);
+        return;
+      }
       case Kind::Zero:
         values[to].zero_();
         return;
@@ -247,6 +254,12 @@ Step make_step(const py::tuple& t) {
     step.to = t[1].cast<size_t>();
     step.a = t[2].cast<size_t>();
     step.b = t[3].cast<size_t>();
+  } else if (name == "mm") {
+    step.kind = Kind::Mm;
+    step.to = t[1].cast<size_t>();
+    step.a = t[2].cast<size_t>();
+    step.b = t[3].cast<size_t>();
+    step.dtype = t[4].cast<at::ScalarType>();
   } else if (name == "zero") {
     step.kind = Kind::Zero;
     step.to = t[1].cast<size_t>();
@@ -430,14 +443,14 @@ void put(std::string& key, int64_t value) {
 }
 
 // Append what an argument is specialised on; say whether it can be.
-bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::Device& device, bool with_grad) {
+bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::Device& device) {
   if (object == Py_None) {
     key.push_back('N');
   } else if (THPVariable_CheckExact(object)) {
     const auto& t = THPVariable_Unpack(object);
     if (!plain(t) || (!tensors.empty() && t.device() != device)) return false;
     device = t.device();
-    key.push_back(with_grad && t.requires_grad() ? 'G' : 'T');
+    key.push_back(t.requires_grad() ? 'G' : 'T');
     put(key, static_cast<int64_t>(t.scalar_type()) << 32 | t.dim());
     for (const auto size : t.sizes()) put(key, size);
     for (const auto stride : t.strides()) put(key, stride);
@@ -454,7 +467,7 @@ bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::D
     put(key, PySequence_Fast_GET_SIZE(object));
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); i++) {
       PyObject* item = PySequence_Fast_GET_ITEM(object, i);
-      if (THPVariable_Check(item) || !describe(item, key, tensors, device, with_grad)) return false;
+      if (THPVariable_Check(item) || !describe(item, key, tensors, device)) return false;
     }
   } else {
     return false;
@@ -477,7 +490,7 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
     if (static_cast<int64_t>(i) == live) {
       if (!PyFloat_CheckExact(object)) return py::none();
       call->numbers.push_back(PyFloat_AS_DOUBLE(object));
-    } else if (!describe(object, key, tensors, device, with_grad)) {
+    } else if (!describe(object, key, tensors, device)) {
       return py::none();
     }
   }

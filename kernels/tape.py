@@ -199,6 +199,14 @@ class Recorder(TorchDispatchMode):
         if func is _aten.zero_.default:
             self._steps.append(("zero", self.value(args[0])))
             return args[0]
+        if func is _aten.mm.dtype:
+            a, b, dtype = args
+            shape = a.shape[0], b.shape[1]
+            made = torch.empty(shape, dtype=dtype, device=a.device)
+            operands = self.value(a), self.value(b)
+            self._add(made)
+            self._steps.append(("mm", self.value(made), *operands, dtype))
+            return made
         if func is _aten.addmm_.default and not kwargs:
             to, a, b = (self.value(t) for t in args)
             self._steps.append(("addmm", to, a, b))

@@ -227,6 +227,43 @@ def test_other_ops_are_python_s_bit_for_bit(
     assert native.module.programs() == 1
 
 
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("ranks", [True, False])
+@pytest.mark.parametrize(("rows", "dtype"), [(3, BF16), (20, F32), (150, BF16)])
+def test_many_adapters_without_gradients(
+    driver: Any, rows: int, dtype: torch.dtype, ranks: bool, inference: bool
+) -> None:
+    """Layers of a step share a routing: its first call makes tables, in Python."""
+    L, K, N, R = 5, 64, 48, 8
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    lora_A, lora_B, weight, bias = made(L, R, K), made(L, N, R), made(N, K), made(N)
+    each = torch.tensor([8, 3, 0, 1, 8], dtype=torch.int32, device=DEVICE) if ranks else None
+    stack = fastlora.AdapterStack(lora_A, lora_B, torch.rand(L, device=DEVICE) + 1, each)
+    results = []
+    with torch.inference_mode(inference), torch.no_grad():
+        for step in range(5):
+            torch.manual_seed(step)
+            x = made(rows, 1, K)
+            routing = fastlora.route(torch.randint(-1, L, (rows,), device=DEVICE), L)
+            for _ in range(2):
+                y = fastlora.lora_linear_multi(x, weight, stack, routing, bias=bias)
+            module, native.module = native.module, None
+            try:
+                expected = fastlora.lora_linear_multi(x, weight, stack, routing, bias=bias)
+            finally:
+                native.module = module
+            assert torch.equal(y, expected)
+            results.append(y)
+        assert native.module.programs() >= 1, replay.refusals
+        wrong = fastlora.route(torch.zeros(rows, dtype=torch.int32, device=DEVICE), L + 1)
+        with pytest.raises(ValueError, match="routed for 6 adapters"):
+            fastlora.lora_linear_multi(x, weight, stack, wrong, bias=bias)
+    assert not torch.equal(results[0], results[1])
+
+
 @pytest.mark.parametrize("where", [DEVICE, "cpu"])
 def test_a_scaling_tensor_is_read_at_each_call(driver: Any, where: str) -> None:
     scaling = torch.tensor(0.5, device=where)
