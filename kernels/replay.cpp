@@ -495,7 +495,13 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
     }
   }
   if (tensors.empty()) return py::none();
-  const bool may_round = tensors[0].scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
+  bool may_round = false;
+  try {
+    for (const auto& t : tensors)
+      may_round = may_round || (t.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS());
+  } catch (const c10::Error&) {  // it was set by torch's newer names, which the older one may not be mixed with
+    return py::none();
+  }
   put(key, device.index() << 3 | with_grad << 2 | at::globalContext().deterministicAlgorithms() << 1 | may_round);
   auto found = entries.find(key);
   if (found == entries.end() || !found->second.program) {

@@ -116,7 +116,10 @@ class Layer:
 
 
 def is_replayed(y: Tensor) -> bool:
-    return type(y.grad_fn).__name__ == "CppFunction"
+    node: Any = y.grad_fn
+    while type(node).__name__ == "ViewBackward0":
+        node = node.next_functions[0][0]
+    return type(node).__name__ == "CppFunction"
 
 
 def assert_identical(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -505,6 +508,32 @@ def test_parameters_that_share_memory_are_replayed(driver: Any) -> None:
     layer.learn()
     assert is_replayed(layer.forward())
     assert_identical(layer.step(), layer.by_python())
+
+
+@pytest.mark.parametrize("op", [dora, embedding])
+def test_settings_are_read_at_each_call(driver: Any, op: Any) -> None:
+    run, wanted = op(F32, False, 0.5)
+
+    def step() -> Tensor:
+        (y,) = run()
+        torch.autograd.grad(y, wanted, torch.ones_like(y))
+        return y
+
+    for _ in range(3):
+        step()
+    assert is_replayed(step())
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert not is_replayed(step())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert is_replayed(step())
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not is_replayed(step())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert is_replayed(step())
 
 
 def test_plans_that_are_forgotten_take_their_programs_along(driver: Any) -> None:
