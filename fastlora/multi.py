@@ -128,6 +128,8 @@ def _replayed(
     """What `fastlora.replay` makes of a call without gradients; ``learn`` where it has been checked."""
     if not HAS_TRITON or torch.compiler.is_compiling() or native.module is None:
         return None
+    if not native.replays_all():  # no GPU has run these yet
+        return None
     if torch.is_grad_enabled() or is_forced() or not isinstance(adapter_ids, Routing):
         return None
     if not isinstance(x, Tensor) or is_cast(x, weight, bias) or (dropout_p and seed is None):

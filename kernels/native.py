@@ -1,7 +1,7 @@
 """`replay.cpp`, compiled where it runs: once a machine, while Python does its work.
 
 It needs what Triton needs, a C++ compiler and Python's headers. Without them everything runs as before, and
-`problem` says why; FASTLORA_REPLAY=0 asks for that.
+`problem` says why; FASTLORA_REPLAY=0 asks for that, FASTLORA_REPLAY=all for more.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ problem = "no fused call has run on a GPU yet"
 """Why there is none, or not yet."""
 _thread: threading.Thread | None = None
 _started = threading.Lock()
+
+
+def replays_all() -> bool:
+    """Whether calls are replayed that no GPU has seen replayed yet: FASTLORA_REPLAY=all."""
+    return os.environ.get(VARIABLE) == "all"
 
 
 def start() -> None:

@@ -29,6 +29,7 @@ _VIEWS = {
     _aten._unsafe_view.default,
 }  # fmt: skip
 _COPIES = {_aten._to_copy.default, _aten.clone.default}
+_MM_WITH_DTYPE = getattr(_aten.mm, "dtype", None)  # since torch 2.8
 _TICKETS = 1 << 62  # above every number that an argument could be
 
 
@@ -199,7 +200,7 @@ class Recorder(TorchDispatchMode):
         if func is _aten.zero_.default:
             self._steps.append(("zero", self.value(args[0])))
             return args[0]
-        if func is _aten.mm.dtype:
+        if func is _MM_WITH_DTYPE:
             a, b, dtype = args
             shape = a.shape[0], b.shape[1]
             made = torch.empty(shape, dtype=dtype, device=a.device)

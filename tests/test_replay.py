@@ -234,9 +234,15 @@ def test_other_ops_are_python_s_bit_for_bit(
 @pytest.mark.parametrize("ranks", [True, False])
 @pytest.mark.parametrize(("rows", "dtype"), [(3, BF16), (20, F32), (150, BF16)])
 def test_many_adapters_without_gradients(
-    driver: Any, rows: int, dtype: torch.dtype, ranks: bool, inference: bool
+    driver: Any,
+    rows: int,
+    dtype: torch.dtype,
+    ranks: bool,
+    inference: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Layers of a step share a routing: its first call makes tables, in Python."""
+    monkeypatch.setenv(native.VARIABLE, "all")
     L, K, N, R = 5, 64, 48, 8
 
     def made(*shape: int) -> Tensor:
