@@ -140,6 +140,11 @@ def gradients(
     """
     x, weight, lora_A, lora_B, s, mask, scaling_tensor = ctx.saved_tensors
     x = None if x is None else rows_of(x)
+    # Kernels take these two as they were made; hooks of saved tensors may have brought others.
+    if s is not None and s.stride(1) != 1:
+        s = s.contiguous()
+    if mask is not None:
+        mask = mask.contiguous()
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     dx, da, db = backward(
         dy, x, weight, lora_A, lora_B, s, mask, scaling_tensor, ctx.scaling, ctx.dropout_p,

@@ -22,7 +22,7 @@ from fastlora.kernels.launch import current_device, current_stream, profiled
 from fastlora.kernels.tape import CannotRecordError, NotCompiledError, Recorder
 
 refusals: dict[str, int] = {}
-"""Why calls could not be recorded, and how many of them: for `python -m fastlora doctor` and for tests."""
+"""Why calls could not be recorded, and how many of them."""
 
 
 def replayed(
@@ -63,8 +63,9 @@ def _learn(module: Any, key: bytes, function: Any, args: tuple[Any, ...]) -> Non
             raise CannotRecordError("something else depends on what changes from call to call")
     except (NotCompiledError, torch.OutOfMemoryError):
         return
-    except CannotRecordError as error:
-        refusals[str(error)] = refusals.get(str(error), 0) + 1
+    except Exception as error:  # what Python can do must not fail because it cannot be recorded
+        reason = str(error) if isinstance(error, CannotRecordError) else repr(error)
+        refusals[reason] = refusals.get(reason, 0) + 1
         module.refuse(key)
         return
     module.keep(key, made)
@@ -125,6 +126,8 @@ def record(function: Any, args: tuple[Any, ...]) -> dict[str, Any]:
                         grads[k] = taken.value(found[i])
             backward, held = tuple(taken.tape()), held + taken.held
     state = {k: v for k, v in vars(ctx).items() if k not in vars(_Context(()))}
+    if any(isinstance(value, Tensor) for value in state.values()):
+        raise CannotRecordError("a tensor among what backward needs, and not saved for it")
     return {
         "forward": tuple(forward.tape()),
         "backward": backward,
@@ -132,7 +135,8 @@ def record(function: Any, args: tuple[Any, ...]) -> dict[str, Any]:
         "saved": saved if backward is not None else [],
         "needs": [needs[i] for i in tensors],
         "grads": grads,
-        "dys": [(list(t.shape), list(t.stride()), t.dtype) for t in dys],
+        "dys": [_layout(t) for t in dys],
+        "kept": [_layout(t) for t in ctx.saved_tensors if t is not None],
         "held": held,
         "python": _Backward(function, state, number, len(args), tensors, made),
     }
@@ -180,6 +184,10 @@ def _stand_ins(args: tuple[Any, ...]) -> list[Any]:
             a = a.detach()
         found.append(a)
     return found
+
+
+def _layout(t: Tensor) -> tuple[list[int], list[int], torch.dtype]:
+    return list(t.shape), list(t.stride()), t.dtype
 
 
 def _is_in(t: Tensor | None, tensors: list[Tensor]) -> bool:

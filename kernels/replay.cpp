@@ -313,11 +313,6 @@ std::unique_ptr<Tape> make_tape(const py::tuple& t) {
   return tape;
 }
 
-struct Layout {
-  std::vector<int64_t> sizes, strides;
-  at::ScalarType dtype;
-};
-
 bool aligned(const Tensor& t) {
   return (reinterpret_cast<uintptr_t>(t.data_ptr()) & 15) == 0;
 }
@@ -328,6 +323,25 @@ bool plain(const Tensor& t) {
   const auto expected = driver.device == c10::DeviceType::CUDA ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
   return t.layout() == at::kStrided && keys.highestPriorityTypeId() == expected && aligned(t) &&
          !torch::autograd::isFwGradDefined(t);
+}
+
+struct Layout {
+  std::vector<int64_t> sizes, strides;
+  at::ScalarType dtype;
+
+  bool operator==(const Tensor& t) const {
+    return t.defined() && t.scalar_type() == dtype && t.sizes() == sizes && t.strides() == strides && plain(t);
+  }
+};
+
+std::vector<Layout> make_layouts(const py::list& list) {
+  std::vector<Layout> layouts;
+  for (const auto& item : list) {
+    const auto t = item.cast<py::tuple>();
+    layouts.push_back({t[0].cast<std::vector<int64_t>>(), t[1].cast<std::vector<int64_t>>(),
+                       t[2].cast<at::ScalarType>()});
+  }
+  return layouts;
 }
 
 // Modes and transforms see every operation, those of a tape as well: Python makes them one by one.
@@ -344,7 +358,7 @@ struct Program {
   std::vector<int> saved;  // likewise; -1 where nothing is kept
   std::vector<bool> needs;  // of each tensor among the arguments, whether it gets a gradient
   std::vector<int> grads;  // values of the backward tape, for each of those tensors
-  std::vector<Layout> dys;
+  std::vector<Layout> dys, kept;  // the gradients that come in, and what was saved and is there
   py::object python;  // what runs a backward that is not as recorded
   py::object held;  // what addresses in the tapes point into
 
@@ -407,14 +421,10 @@ struct Replay : public torch::autograd::Function<Replay> {
       needs[i] = program.needs[i] && ctx->needs_input_grad(i);
       as_recorded &= needs[i] == program.needs[i];
     }
-    for (size_t i = 0; i < dys.size(); i++) {
-      const auto& dy = dys[i];
-      const auto& layout = program.dys[i];
-      as_recorded = as_recorded && dy.defined() && dy.scalar_type() == layout.dtype && dy.sizes() == layout.sizes &&
-                    dy.strides() == layout.strides && plain(dy);
-    }
-    for (const auto& t : inputs)  // hooks of saved tensors may have brought another
-      as_recorded = as_recorded && (!t.defined() || plain(t));
+    for (size_t i = 0; i < dys.size(); i++) as_recorded = as_recorded && program.dys[i] == dys[i];
+    auto layout = program.kept.begin();
+    for (const auto& t : inputs)  // hooks of saved tensors may have brought others
+      if (t.defined()) as_recorded = as_recorded && *layout++ == t;
     variable_list grads(needs.size() + 2);  // what stands behind the tensors has none
     if (as_recorded) {
       variable_list given = dys;
@@ -509,7 +519,9 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
     if (entries.size() >= kMaxPrograms) entries.clear();
     auto& entry = entries[key];
     const auto calls = ++entry.calls;
-    if (!entry.refused && calls > 1 && (calls & (calls - 1)) == 0) return py::bytes(key);
+    const bool due = !entry.refused && calls > 1 && (calls & (calls - 1)) == 0;
+    // What Python does while a graph is captured is not what it does elsewhere.
+    if (due && !capturing(reinterpret_cast<void*>(stream))) return py::bytes(key);
     return py::none();
   }
   const auto& entry = found->second;
@@ -547,11 +559,8 @@ void keep(const std::string& key, const py::dict& made) {
   program->saved = made["saved"].cast<std::vector<int>>();
   program->needs = made["needs"].cast<std::vector<bool>>();
   program->grads = made["grads"].cast<std::vector<int>>();
-  for (const auto& item : made["dys"].cast<py::list>()) {
-    const auto t = item.cast<py::tuple>();
-    program->dys.push_back({t[0].cast<std::vector<int64_t>>(), t[1].cast<std::vector<int64_t>>(),
-                            t[2].cast<at::ScalarType>()});
-  }
+  program->dys = make_layouts(made["dys"].cast<py::list>());
+  program->kept = make_layouts(made["kept"].cast<py::list>());
   program->python = made["python"];
   program->held = made["held"];
   entry.program = program;

@@ -440,6 +440,35 @@ def test_checkpointing(driver: Any, use_reentrant: bool, first: str) -> None:
     assert_identical([y.detach(), *(t.grad for t in layer.wanted)], expected)  # type: ignore[misc]
 
 
+def test_hooks_may_bring_back_saved_tensors_that_lie_otherwise(driver: Any) -> None:
+    layer = Layer(dtype=F32).learn()
+    expected = layer.by_python()
+    packed = []
+
+    def unpack(t: Tensor) -> Tensor:
+        return t.t().contiguous().t() if t.dim() == 2 else t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, unpack):
+        y = layer.forward()
+    assert is_replayed(y) and len(packed) == 5
+    grads = torch.autograd.grad(y, layer.wanted, layer.dy)
+    torch.testing.assert_close(list(grads), expected[1:])
+
+
+def test_a_call_that_cannot_be_recorded_is_python_s(
+    driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(replay, "record", fails)
+    layer = Layer()
+    expected = layer.step()
+    for _ in range(4):
+        assert_identical(layer.step(), expected)
+    assert replay.refusals == {"ZeroDivisionError('planted')": 1}
+
+
 class Watching(TorchDispatchMode):
     """Sees every operation."""
 
@@ -473,6 +502,9 @@ def test_python_runs_what_is_captured(driver: Any) -> None:
     y = layer.forward()
     launches = driver.launches
     driver.is_capturing = True
+    other = Layer(R=4)
+    assert [other.step() for _ in range(5)] and not is_replayed(other.forward())
+    assert native.module.programs() == 1
     found = torch.autograd.grad(y, layer.wanted, layer.dy)
     assert driver.launches == launches
     assert_identical(list(found), expected[1:])
