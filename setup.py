@@ -39,7 +39,7 @@ setup(
     ],
     # kernels/ has no __init__.py: on sys.path it would shadow Hugging Face's `kernels` package.
     package_dir={"fastlora.kernels": "kernels"},
-    package_data={"fastlora": ["py.typed"], "fastlora.kernels": ["replay.cpp"]},
+    package_data={"fastlora": ["py.typed"], "fastlora.kernels": ["replay.cpp", "tape.h"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", TRITON, "numpy", "safetensors>=0.4", "rich>=13"],
     extras_require={

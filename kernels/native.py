@@ -27,7 +27,7 @@ from .tuned import cache_folder
 
 VARIABLE = "FASTLORA_REPLAY"
 _NAME = "fastlora_replay"
-_SOURCE = Path(__file__).with_name("replay.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("replay.cpp", "tape.h"))
 
 module: Any = None
 """The compiled module once it is there, configured for this GPU's driver."""
@@ -102,9 +102,8 @@ def compiled() -> Path:
         OSError: the cache's folder cannot be written.
     """
     command = _command()
-    text = "\0".join(
-        (torch.__version__, sys.version, *command, _SOURCE.read_text(encoding="utf-8"))
-    )
+    sources = (path.read_text(encoding="utf-8") for path in _SOURCES)
+    text = "\0".join((torch.__version__, sys.version, *command, *sources))
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = cache_folder() / f"{_NAME}-{key}.so"
     if path.exists():
@@ -141,7 +140,7 @@ def _command() -> list[str]:
         f"-DTORCH_EXTENSION_NAME={_NAME}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-I{include}", f"-I{include / 'torch/csrc/api/include'}",
-        f"-I{sysconfig.get_path('include')}", str(_SOURCE),
+        f"-I{sysconfig.get_path('include')}", str(_SOURCES[0]),
         f"-L{torch_folder / 'lib'}", "-ltorch_python", "-ltorch", "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
 

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,3 +283,25 @@ def same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.where(keep.view(x.shape), x * keep_scale(p), 0)
 
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+
+
+@pytest.fixture(scope="session")
+def replay_module() -> Any:
+    """`replay.cpp`, compiled: on a GPU the one that is in use."""
+    from fastlora.kernels import native
+
+    if not native.compiler() or not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("needs a C++ compiler and Python's headers")
+    if HAS_CUDA:
+        assert native.wait() == ""
+        return native.module
+    return native.load(native.compiled())
+
+
+@pytest.fixture
+def driver(replay_module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`replay.cpp` in use, and the driver that runs its kernels in the interpreter; ``None`` on a GPU."""
+    from replay_driver import replaying
+
+    with replaying(replay_module, monkeypatch) as found:
+        yield found

@@ -1,15 +1,20 @@
-"""A driver for `replay.cpp` without a GPU: it runs the kernels in Triton's interpreter."""
+"""`replay.cpp` under test; without a GPU, by a driver that runs the kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from fastlora import replay
 from fastlora.kernels import launch as launching
+from fastlora.kernels import native
 from fastlora.kernels.direct import Packed
 
 _LAUNCH = ctypes.CFUNCTYPE(
@@ -85,3 +90,35 @@ class InterpretedDriver:
     def _capturing(self, stream: int, status: Any) -> int:
         status[0] = int(self.is_capturing)
         return 0
+
+
+@contextlib.contextmanager
+def replaying(module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[InterpretedDriver | None]:
+    """The compiled module in use, with no program in it; on a GPU there is no driver to give."""
+    found = None
+    if not torch.cuda.is_available():
+        found = InterpretedDriver()
+        module.configure(*found.functions(), "cpu")
+        monkeypatch.setattr(native, "module", module)
+        monkeypatch.setattr(
+            launching.Launch, "prepared", lambda self, args: found.prepared(self, args)
+        )
+        monkeypatch.setattr(replay, "current_device", lambda: -1)
+        monkeypatch.setattr(replay, "current_stream", lambda index: 0)
+    module.clear()
+    replay.refusals.clear()
+    yield found
+    module.clear()
+
+
+def is_replayed(y: Tensor) -> bool:
+    node: Any = y.grad_fn
+    while type(node).__name__ == "ViewBackward0":
+        node = node.next_functions[0][0]
+    return type(node).__name__ == "CppFunction"
+
+
+def assert_identical(found: list[Tensor], expected: list[Tensor]) -> None:
+    for t, e in zip(found, expected, strict=True):
+        assert t.dtype == e.dtype and t.shape == e.shape
+        assert torch.equal(t, e)

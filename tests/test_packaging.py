@@ -85,7 +85,9 @@ def test_wheel_holds_every_module_and_the_type_marker(wheel_files: list[str]) ->
     packed = {name for name in wheel_files if name.endswith(".py")}
     assert packed == modules
     assert "fastlora/kernels/lora_forward.py" in packed
-    assert {"fastlora/py.typed", "fastlora/kernels/replay.cpp"} <= set(wheel_files)
+    assert {"fastlora/py.typed", "fastlora/kernels/replay.cpp", "fastlora/kernels/tape.h"} <= set(
+        wheel_files
+    )
 
 
 def test_metadata(wheel: Path, wheel_files: list[str]) -> None:

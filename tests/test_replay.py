@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sysconfig
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
+
+from replay_driver import assert_identical, is_replayed
 
 import fastlora
 from fastlora import autograd, replay
@@ -26,37 +25,6 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 # A poisoned allocation is an operation that a tape has no step for.
 pytestmark = pytest.mark.no_poison
-
-
-@pytest.fixture(scope="module")
-def compiled() -> Any:
-    if not native.compiler() or not Path(sysconfig.get_path("include"), "Python.h").exists():
-        pytest.skip("needs a C++ compiler and Python's headers")
-    if HAS_CUDA:
-        assert native.wait() == ""
-        return native.module
-    return native.load(native.compiled())
-
-
-@pytest.fixture
-def driver(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`replay.cpp` in use: on this GPU, or with kernels that Triton's interpreter runs."""
-    found = None
-    if not HAS_CUDA:
-        from replay_driver import InterpretedDriver
-
-        found = InterpretedDriver()
-        compiled.configure(*found.functions(), "cpu")
-        monkeypatch.setattr(native, "module", compiled)
-        monkeypatch.setattr(
-            launch.Launch, "prepared", lambda self, args: found.prepared(self, args)
-        )
-        monkeypatch.setattr(replay, "current_device", lambda: -1)
-        monkeypatch.setattr(replay, "current_stream", lambda index: 0)
-    compiled.clear()
-    replay.refusals.clear()
-    yield found
-    compiled.clear()
 
 
 class Layer:
@@ -115,19 +83,6 @@ class Layer:
             native.module = module
 
 
-def is_replayed(y: Tensor) -> bool:
-    node: Any = y.grad_fn
-    while type(node).__name__ == "ViewBackward0":
-        node = node.next_functions[0][0]
-    return type(node).__name__ == "CppFunction"
-
-
-def assert_identical(found: list[Tensor], expected: list[Tensor]) -> None:
-    for t, e in zip(found, expected, strict=True):
-        assert t.dtype == e.dtype and t.shape == e.shape
-        assert torch.equal(t, e)
-
-
 CASES = {
     "bf16": {},
     "fp16, bias": {"dtype": F16, "bias": True},
@@ -158,119 +113,6 @@ def test_replayed_calls_are_python_s_bit_for_bit(driver: Any, case: dict[str, An
     other = Layer(**case, seed=seed)
     assert is_replayed(other.forward(scaling=-1.75))
     assert_identical(other.step(scaling=-1.75), other.by_python(scaling=-1.75))
-
-
-def dora(dtype: torch.dtype, bias: bool, scaling: float) -> tuple[Any, list[Tensor]]:
-    shapes = ((70, 64), (48, 64), (8, 64), (48, 8))
-    x, weight, a, b = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
-    offset = torch.randn(48, device=DEVICE).to(dtype) if bias else None
-    magnitude = torch.rand(48, device=DEVICE).to(dtype) + 1
-    wanted = [t.requires_grad_() for t in (x, a, b, magnitude)]
-    return lambda: [
-        fastlora.dora_linear(x, weight, a, b, magnitude, bias=offset, scaling=scaling)
-    ], wanted
-
-
-def group(dtype: torch.dtype, bias: bool, scaling: float) -> tuple[Any, list[Tensor]]:
-    sizes = (48, 32, 32)
-    x = torch.randn(2, 35, 64, device=DEVICE).to(dtype).requires_grad_()
-    weights = [torch.randn(n, 64, device=DEVICE).to(dtype) for n in sizes]
-    lora_As = [torch.randn(8, 64, device=DEVICE).to(dtype).requires_grad_() for _ in sizes]
-    lora_Bs = [torch.randn(n, 8, device=DEVICE).to(dtype).requires_grad_() for n in sizes]
-    biases = [torch.randn(n, device=DEVICE).to(dtype) for n in sizes] if bias else None
-
-    def run() -> list[Tensor]:
-        return list(
-            fastlora.lora_linear_group(x, weights, lora_As, lora_Bs, biases=biases, scaling=scaling)
-        )
-
-    return run, [x, *lora_As, *lora_Bs]
-
-
-def embedding(dtype: torch.dtype, bias: bool, scaling: float) -> tuple[Any, list[Tensor]]:
-    ids = torch.randint(100, (2, 35), device=DEVICE)
-    table, a, b = (
-        torch.randn(n, k, device=DEVICE).to(dtype) for n, k in ((100, 48), (8, 100), (48, 8))
-    )
-    padding = 3 if bias else None
-    wanted = [a.requires_grad_(), b.requires_grad_()]
-    return lambda: [
-        fastlora.lora_embedding(ids, table, a, b, scaling=scaling, padding_idx=padding)
-    ], wanted
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("op", [dora, group, embedding])
-def test_other_ops_are_python_s_bit_for_bit(
-    driver: Any, op: Any, dtype: torch.dtype, bias: bool, grad: bool
-) -> None:
-    def step(run: Any, wanted: list[Tensor]) -> list[Tensor]:
-        with torch.set_grad_enabled(grad):
-            ys = run()
-        if not grad:
-            assert ys[0].grad_fn is None
-            return list(ys)
-        grads = torch.autograd.grad(ys, wanted, [torch.ones_like(y) for y in ys])
-        return [*(y.detach() for y in ys), *grads]
-
-    first = op(dtype, bias, 0.5)
-    for _ in range(4):
-        step(*first)
-    assert native.module.programs() == 1, replay.refusals
-    for scaling in (0.5,) if op is group else (0.5, -2.0):
-        case = op(dtype, bias, scaling)
-        found = step(*case)
-        module, native.module = native.module, None
-        try:
-            assert_identical(found, step(*case))
-        finally:
-            native.module = module
-    assert native.module.programs() == 1
-
-
-@pytest.mark.parametrize("inference", [True, False])
-@pytest.mark.parametrize("ranks", [True, False])
-@pytest.mark.parametrize(("rows", "dtype"), [(3, BF16), (20, F32), (150, BF16)])
-def test_many_adapters_without_gradients(
-    driver: Any,
-    rows: int,
-    dtype: torch.dtype,
-    ranks: bool,
-    inference: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Layers of a step share a routing: its first call makes tables, in Python."""
-    monkeypatch.setenv(native.VARIABLE, "all")
-    L, K, N, R = 5, 64, 48, 8
-
-    def made(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=DEVICE).to(dtype)
-
-    lora_A, lora_B, weight, bias = made(L, R, K), made(L, N, R), made(N, K), made(N)
-    each = torch.tensor([8, 3, 0, 1, 8], dtype=torch.int32, device=DEVICE) if ranks else None
-    stack = fastlora.AdapterStack(lora_A, lora_B, torch.rand(L, device=DEVICE) + 1, each)
-    results = []
-    with torch.inference_mode(inference), torch.no_grad():
-        for step in range(5):
-            torch.manual_seed(step)
-            x = made(rows, 1, K)
-            routing = fastlora.route(torch.randint(-1, L, (rows,), device=DEVICE), L)
-            for _ in range(2):
-                y = fastlora.lora_linear_multi(x, weight, stack, routing, bias=bias)
-            module, native.module = native.module, None
-            try:
-                expected = fastlora.lora_linear_multi(x, weight, stack, routing, bias=bias)
-            finally:
-                native.module = module
-            assert torch.equal(y, expected)
-            results.append(y)
-        assert native.module.programs() >= 1, replay.refusals
-        wrong = fastlora.route(torch.zeros(rows, dtype=torch.int32, device=DEVICE), L + 1)
-        with pytest.raises(ValueError, match="routed for 6 adapters"):
-            fastlora.lora_linear_multi(x, weight, stack, wrong, bias=bias)
-    assert not torch.equal(results[0], results[1])
 
 
 @pytest.mark.parametrize("where", [DEVICE, "cpu"])
@@ -546,32 +388,6 @@ def test_parameters_that_share_memory_are_replayed(driver: Any) -> None:
     layer.learn()
     assert is_replayed(layer.forward())
     assert_identical(layer.step(), layer.by_python())
-
-
-@pytest.mark.parametrize("op", [dora, embedding])
-def test_settings_are_read_at_each_call(driver: Any, op: Any) -> None:
-    run, wanted = op(F32, False, 0.5)
-
-    def step() -> Tensor:
-        (y,) = run()
-        torch.autograd.grad(y, wanted, torch.ones_like(y))
-        return y
-
-    for _ in range(3):
-        step()
-    assert is_replayed(step())
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        assert not is_replayed(step())
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-    assert is_replayed(step())
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not is_replayed(step())
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert is_replayed(step())
 
 
 def test_plans_that_are_forgotten_take_their_programs_along(driver: Any) -> None:

@@ -81,7 +81,9 @@ def source_state() -> dict[str, str]:
     package = Path(fastlora.__file__).resolve().parent
     digest = hashlib.sha256()
     kernels = package / "kernels"
-    for path in sorted([*package.glob("*.py"), *kernels.glob("*.py"), *kernels.glob("*.cpp")]):
+    for path in sorted(
+        [*package.glob("*.py"), *kernels.glob("*.py"), *kernels.glob("*.cpp"), *kernels.glob("*.h")]
+    ):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     state = {"git commit": "unknown", "sources": digest.hexdigest()[:12]}
