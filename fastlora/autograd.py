@@ -245,23 +245,12 @@ class LoRALinearFunction(KernelFunction):
     NUMBER = 7
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        seed: Tensor | None,
-        scaling_tensor: Tensor | None,
-        scaling: float,
-        dropout_p: float,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """`fused_forward` of the rows of x, with a seed drawn where one is needed and there is none."""
-        if seed is None and dropout_p > 0:
+        weight, bias, lora_A, lora_B, seed, *factors = args
+        if seed is None and factors[-1] > 0:  # dropout_p
             seed = draw_seed(x.device)
-        y, s, mask = fused_forward(
-            rows_of(x), weight, bias, lora_A, lora_B, seed, scaling_tensor, scaling, dropout_p
-        )
+        y, s, mask = fused_forward(rows_of(x), weight, bias, lora_A, lora_B, seed, *factors)
         return shaped(y, x), s, mask
 
     setup_context = staticmethod(setup_context)

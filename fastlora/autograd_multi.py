@@ -222,35 +222,11 @@ class LoRALinearMultiForward(KernelFunction):
     NUMBER = -1
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: Tensor,
-        ranks: Tensor | None,
-        seed: Tensor | None,
-        dropout_p: float,
-        num_adapters: int,
-        kinds: tuple[tuple[int, int], ...],
-        *tables: Tensor,
-    ) -> tuple[Tensor]:
-        """`fused_forward` of the rows of x, for the routing with these `Routing.made` tables."""
+    def forward(x: Tensor, *args: Any) -> tuple[Tensor]:
+        """`fused_forward` of the rows of x: its arguments up to dropout_p, and what `Routing.made` gives."""
+        num_adapters, kinds, *tables = args[8:]
         routing = Routing.with_tables(num_adapters, kinds, tables)
-        y, _, _ = fused_forward(
-            rows_of(x),
-            weight,
-            bias,
-            lora_A,
-            lora_B,
-            scaling,
-            ranks,
-            seed,
-            dropout_p,
-            False,
-            routing,
-        )
+        y, _, _ = fused_forward(rows_of(x), *args[:8], False, routing)  # type: ignore[call-arg]
         return (shaped(y, x),)
 
     @staticmethod
