@@ -14,13 +14,21 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastlora.kernels.common import for_tma
-from fastlora.kernels.config import decodes, dropout_threshold, keep_scale
+from fastlora.kernels.config import dropout_threshold, keep_scale
 from fastlora.kernels.lora_decode import lora_decode
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.kernels.lora_one_pass import fits_one_pass, lora_one_pass
-from fastlora.kernels.lora_product import adds_frozen_product, lora_dx, lora_y
+from fastlora.kernels.lora_product import (
+    DECODE,
+    FUSED,
+    ONE_PASS,
+    adds_frozen_product,
+    forward_way,
+    lora_dx,
+    lora_y,
+)
 from fastlora.kernels.lora_shrink import lora_shrink
 from fastlora.reference import draw_seed
 from fastlora.replay import replayed
@@ -55,16 +63,15 @@ def fused_forward(
     ``scaling_tensor``, 0-dim, takes the place of ``scaling`` where there is one.
     """
     factor = factor_on(scaling, scaling_tensor, x.device)
-    (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
-    has_dropout = dropout_threshold(dropout_p) > 0
-    if decodes(M, R, x.element_size(), has_dropout):
+    way = forward_way(x, weight, lora_A.shape[0], dropout_p)
+    if way is DECODE:
         return (*lora_decode(x, weight, lora_A, lora_B, factor, bias), None)
-    if not has_dropout and fits_one_pass(x, weight, R):
+    if way is ONE_PASS:
         return (*lora_one_pass(x, weight, lora_A, lora_B, factor, bias)[:2], None)
-    if lora_B.dtype != x.dtype and not adds_frozen_product(x):
+    if lora_B.dtype != x.dtype and way is FUSED:
         # Before s is made: the product begins beside the kernel that makes it.
         lora_B = for_tma(lora_B, x.dtype)
-    s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed, product_columns=N)
+    s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed, product_columns=weight.shape[0])
     return lora_y(x, weight, s, lora_B, bias), s, mask
 
 

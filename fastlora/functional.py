@@ -10,8 +10,9 @@ from fastlora.dispatch import HAS_TRITON, Decision, decide_for, is_forced, probl
 
 if HAS_TRITON:
     from fastlora import ops
-    from fastlora.autograd import LoRALinearFunction
+    from fastlora.autograd import LoRALinearFunction, rows_of
     from fastlora.kernels import native
+    from fastlora.kernels.lora_product import forward_way
     from fastlora.replay import replayed
 
 
@@ -213,7 +214,8 @@ def explain(
         dropout_p (float): from 0 to 1. Default: 0.0.
 
     Returns:
-        Decision: ``path`` is ``"fused"`` or ``"eager"``, ``reason`` says why.
+        Decision: ``path`` is ``"fused"`` or ``"eager"``, ``reason`` says why, and by which kernels forward
+        is made.
 
     Raises:
         TypeError: as `lora_linear`.
@@ -227,7 +229,11 @@ def explain(
     """
     _validate(x, weight, lora_A, lora_B, bias, 1.0, dropout_p)
     x, weight, _ = autocast_linear(x, weight, bias)
-    return decide_for(x, weight, lora_A, lora_B)
+    decision = decide_for(x, weight, lora_A, lora_B)
+    if not decision.fused:
+        return decision
+    way = forward_way(rows_of(x), weight, lora_A.shape[0], dropout_p)
+    return Decision(decision.path, f"{decision.reason}; {way}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

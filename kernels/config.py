@@ -149,9 +149,7 @@ def adds_to_rank_product(M: int, itemsize: int, device_type: str, fused_fp32: bo
     And of few rows in 16 bit: us on one H200 in a CUDA graph, weights cold, beside those of the TMA GEMM and
     of eager PyTorch: y of 64 rows, 4096 -> 4096: 19.6, 29.2 and 25.0; of 256 rows 25.6, 30.8 and 33.1; 64
     rows, 4096 -> 14336: 39.4, 49.6 and 46.8; a backward of 64 rows: 21.4, 31.5 and 31.3. Called eagerly that
-    is four launches more for both passes, on a slow host 1.2 times eager PyTorch for a step and up to 1.4
-    for forward alone; a rule that asks whether a graph is captured would meet kernels there that no warm-up
-    had compiled.
+    is four launches more for both passes, which C++ makes (`fastlora.replay`).
     """
     faster = M <= FEW_ROWS if itemsize == 2 else not fused_fp32
     return device_type == "cuda" and faster

@@ -5,10 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import adds_to_rank_product
+from .config import adds_to_rank_product, decodes, dropout_threshold
 from .lora_expand import lora_expand
 from .lora_forward import lora_forward
 from .lora_grad_x import lora_grad_x
+from .lora_one_pass import fits_one_pass
+
+DECODE = "forward in one launch (lora_decode)"
+ONE_PASS = "forward in one launch (lora_one_pass)"
+ON_TOP = "cuBLAS adds the frozen product to LoRA's share (lora_shrink, lora_expand)"
+FUSED = "forward in two launches (lora_shrink, lora_forward)"
+
+
+def forward_way(x: Tensor, weight: Tensor, R: int, dropout_p: float) -> str:
+    """How s and y are made: one of `DECODE`, `ONE_PASS`, `ON_TOP` and `FUSED`, which say it in words.
+
+    Args:
+        x (Tensor): ``[M, K]``.
+        weight (Tensor): ``[N, K]`` in the dtype of x.
+        R (int): the rank.
+        dropout_p (float): probability of dropping an element of x.
+    """
+    has_dropout = dropout_threshold(dropout_p) > 0  # a tiny p rounds to none
+    if decodes(x.shape[0], R, x.element_size(), has_dropout):
+        return DECODE
+    if not has_dropout and fits_one_pass(x, weight, R):
+        return ONE_PASS
+    return ON_TOP if adds_frozen_product(x) else FUSED
 
 
 def adds_frozen_product(x: Tensor, *, backward: bool = False) -> bool:

@@ -88,6 +88,24 @@ def test_explain_on_this_machine(device):
         assert "rank 4" in decision.reason
 
 
+def test_explain_says_by_which_kernels(device, monkeypatch):
+    def reason(m, r=8, dtype=torch.bfloat16, **options):
+        k, n = 64, 32
+        tensors = (torch.randn(m, k), torch.randn(n, k), torch.randn(r, k), torch.randn(n, r))
+        tensors = (t.to(device, dtype) for t in tensors)
+        return fastlora.explain(*tensors, **options).reason
+
+    assert "lora_decode" in reason(3)
+    assert "lora_shrink" in reason(3, dropout_p=0.1) and "lora_decode" not in reason(3, r=65)
+    few, fp32 = reason(200), reason(300, dtype=torch.float32)
+    on_top = device == "cuda"  # cuBLAS is not what runs on a CPU
+    assert ("cuBLAS" in few) == ("cuBLAS" in fp32) == on_top
+    assert "lora_forward" in reason(300)
+    monkeypatch.setattr("fastlora.kernels.lora_product.fits_one_pass", lambda *args: True)
+    assert "lora_one_pass" in reason(300)
+    assert "lora_forward" in reason(300, dropout_p=0.1)
+
+
 def test_explain_counts_every_leading_dimension(device):
     assert "M=0" in fastlora.explain(*arguments(device, lead=(3, 0, 5))).reason
     assert fastlora.explain(*arguments(device, lead=())).fused

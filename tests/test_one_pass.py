@@ -8,6 +8,7 @@ from kernel_checks import assert_rounded, randn
 
 from fastlora import autograd
 from fastlora.kernels import lora_one_pass as one_pass_module
+from fastlora.kernels import lora_product
 from fastlora.kernels.config import LaunchConfig, gemm_tma_config
 from fastlora.kernels.config_one_pass import one_pass_backward, one_pass_makers, one_pass_stages
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
@@ -131,7 +132,8 @@ def test_the_linear_takes_it_where_it_fits(device, monkeypatch):
     assert calls == [{}, {"backward": True}][: 1 + HAS_CUDA]
     step(0.1)
     assert len(calls) == 1 + HAS_CUDA  # a mask is drawn by a kernel of its own
-    monkeypatch.setattr(autograd, "fits_one_pass", lambda *args, **kwargs: False)
+    for module in (autograd, lora_product):  # backward, forward
+        monkeypatch.setattr(module, "fits_one_pass", lambda *args, **kwargs: False)
     for one, other in zip(made, step(), strict=True):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
@@ -227,7 +229,8 @@ def test_replays_of_a_graph_wait_each_time(device, adapters):
         assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
         if i == 0:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(autograd, "fits_one_pass", lambda *args, **kwargs: False)
+                for module in (autograd, lora_product):
+                    patch.setattr(module, "fits_one_pass", lambda *args, **kwargs: False)
                 apart = step()
             for one, other in zip(made, apart, strict=True):
                 bound = 2e-2 * other.abs().max().item()

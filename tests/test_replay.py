@@ -17,7 +17,7 @@ from replay_driver import assert_identical, is_replayed
 
 import fastlora
 from fastlora import autograd, replay
-from fastlora.kernels import launch, lora_one_pass, native
+from fastlora.kernels import launch, lora_one_pass, lora_product, native
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
@@ -130,7 +130,8 @@ def test_a_scaling_tensor_is_read_at_each_call(driver: Any, where: str) -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_one_pass_is_replayed(driver: Any, monkeypatch: pytest.MonkeyPatch, p: float) -> None:
-    monkeypatch.setattr(autograd, "fits_one_pass", lambda *args, **kwargs: True)
+    for module in (autograd, lora_product):  # backward, forward
+        monkeypatch.setattr(module, "fits_one_pass", lambda *args, **kwargs: True)
     seed = torch.tensor(7, device=DEVICE)
     tickets = []
     new_ticket = lora_one_pass.new_ticket
