@@ -121,7 +121,8 @@ class HelperFinder(importlib.abc.MetaPathFinder):
     """Makes `import peft_cases` work in tests: importlib mode leaves this folder off sys.path."""
 
     NAMES = (
-        "compile_cases", "kernel_checks", "launch_ranks", "peft_cases", "replay_driver", "tune_cases",
+        "bank_cases", "compile_cases", "kernel_checks", "launch_ranks", "peft_cases",
+        "replay_driver", "tune_cases",
     )  # fmt: skip
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
