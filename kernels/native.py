@@ -16,14 +16,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .tuned import cache_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows, where Triton is not at home either
+    fcntl = None  # type: ignore[assignment]
 
 VARIABLE = "FASTLORA_REPLAY"
 _NAME = "fastlora_replay"
@@ -106,22 +111,31 @@ def compiled() -> Path:
     text = "\0".join((torch.__version__, sys.version, *command, *sources))
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = cache_folder() / f"{_NAME}-{key}.so"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
-    try:
-        done = subprocess.run(
-            [*command, "-o", unfinished], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
-        os.replace(unfinished, path)  # whole at every moment, whoever else compiles it
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _one_process_at_a_time(path.with_suffix(".lock")):
+            if not path.exists():
+                _compile(command, path)
     return path
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Run the compiler; the file appears whole, also if this process ends before the compiler does."""
+    script = 'to=$0 tmp=$0.$$; "$@" -o "$tmp" && mv -f "$tmp" "$to" || { rm -f "$tmp"; exit 1; }'
+    done = subprocess.run(
+        ["sh", "-c", script, str(path), *command], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(path: Path) -> Iterator[None]:
+    """Let the processes of a job wait for the first of them, where files can be locked."""
+    with open(path, "w", encoding="utf-8") as file:
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def compiler() -> str | None:
