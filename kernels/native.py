@@ -12,6 +12,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def _one_process_at_a_time(path: Path) -> Iterator[None]:
 
 
 def compiler() -> str | None:
-    """The C++ compiler: ``$CXX``, or what is on the path."""
+    """The C++ compiler: ``$CXX``, which may have arguments, or what is on the path."""
     return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 
@@ -150,7 +151,7 @@ def _command() -> list[str]:
     torch_folder = Path(torch.__file__).parent
     include = torch_folder / "include"
     return [
-        found, "-std=c++20", "-O2", "-shared", "-fPIC", "-w",
+        *shlex.split(found), "-std=c++20", "-O2", "-shared", "-fPIC", "-w",
         f"-DTORCH_EXTENSION_NAME={_NAME}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-I{include}", f"-I{include / 'torch/csrc/api/include'}",

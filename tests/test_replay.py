@@ -453,7 +453,7 @@ def test_a_compiler_outlives_the_process_that_began(
     slow.write_text('#!/bin/sh\nsleep 2\nfor to; do :; done\necho done > "$to"\n')
     slow.chmod(0o755)
     cache = tmp_path / "cache"
-    env = {"CXX": str(slow), "FASTLORA_CACHE_DIR": str(cache)}
+    env = {"CXX": f"{slow} -v", "FASTLORA_CACHE_DIR": str(cache)}
     code = """
 import threading, time
 from fastlora.kernels import native
