@@ -44,10 +44,6 @@ class AdapterStack:
         return self.lora_A.shape[0]
 
 
-_KINDS = ("blocks", "segments", "tiles")
-"""The tables of a routing."""
-
-
 @dataclass(eq=False)
 class Routing:
     """Which rows use which adapter, as the kernels want it: made by `route` on the device, without a sync.
@@ -145,18 +141,17 @@ class Routing:
         self.version += 1
         return self
 
-    def made(self) -> tuple[tuple[tuple[int, int], ...], tuple[Tensor, ...]]:
+    def made(self) -> tuple[tuple[tuple[str, int], ...], tuple[Tensor, ...]]:
         """The tables that layers have asked for so far, for `with_tables`: what each is, and all tensors."""
-        kinds = tuple((_KINDS.index(kind), block) for kind, block in self._tables)
-        return kinds, (self.ids, self.order, self.sorted_ids, *self._tables.values())
+        return tuple(self._tables), (self.ids, self.order, self.sorted_ids, *self._tables.values())
 
     @staticmethod
     def with_tables(
-        num_adapters: int, kinds: Sequence[tuple[int, int]], tensors: Sequence[Tensor]
+        num_adapters: int, kinds: Sequence[tuple[str, int]], tensors: Sequence[Tensor]
     ) -> Routing:
         """A routing with what `made` gave of one."""
         ids, order, sorted_ids, *tables = tensors
-        known = {(_KINDS[k], block): t for (k, block), t in zip(kinds, tables, strict=True)}
+        known = dict(zip(kinds, tables, strict=True))
         return Routing(ids, num_adapters, order, sorted_ids, _tables=known)
 
     def _table(self, kind: str, block: int) -> Tensor:

@@ -98,7 +98,7 @@ def lora_linear(
         scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     run = ops.lora_linear if compiling else LoRALinearFunction.apply
-    rows = x if x.dim() == 2 or not compiling else x.reshape(-1, x.shape[-1])
+    rows = rows_of(x) if compiling else x
     y: Tensor
     y, _, _ = run(
         rows,
@@ -125,12 +125,7 @@ def _replayed(
     dropout_p: float,
 ) -> Tensor | None:
     """What `fastlora.replay` makes of a call like one that was checked and recorded before."""
-    if (
-        native.module is None
-        or not isinstance(x, Tensor)
-        or is_forced()
-        or is_cast(x, weight, bias)
-    ):
+    if not may_be_replayed(x, weight, bias):
         return None
     by_tensor = isinstance(scaling, Tensor)
     made = replayed(
@@ -142,6 +137,16 @@ def _replayed(
         learn=False,
     )  # fmt: skip
     return None if made is None else made[0]
+
+
+def may_be_replayed(x: object, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `fastlora.replay` may be asked for a call before its arguments are checked."""
+    return (
+        native.module is not None
+        and isinstance(x, Tensor)
+        and not is_forced()
+        and not is_cast(x, weight, bias)
+    )
 
 
 def is_cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.adapters import AdapterStack, Routing, route
-from fastlora.dispatch import HAS_TRITON, is_forced, problem_for
-from fastlora.functional import autocast_linear, check_dropout, check_tensors, is_cast
+from fastlora.dispatch import HAS_TRITON, problem_for
+from fastlora.functional import autocast_linear, check_dropout, check_tensors, may_be_replayed
 
 if HAS_TRITON:
     from fastlora import ops_multi
@@ -126,13 +126,13 @@ def _replayed(
     learn: bool,
 ) -> Tensor | None:
     """What `fastlora.replay` makes of a call without gradients; ``learn`` where it has been checked."""
-    if not HAS_TRITON or torch.compiler.is_compiling() or native.module is None:
+    if not HAS_TRITON or torch.compiler.is_compiling() or not may_be_replayed(x, weight, bias):
         return None
     if not native.replays_all():  # no GPU has run these yet
         return None
-    if torch.is_grad_enabled() or is_forced() or not isinstance(adapter_ids, Routing):
+    if torch.is_grad_enabled() or not isinstance(adapter_ids, Routing):
         return None
-    if not isinstance(x, Tensor) or is_cast(x, weight, bias) or (dropout_p and seed is None):
+    if dropout_p and seed is None:
         return None
     if type(scaling) is float:
         scaling = _filled(scaling, len(lora_A), x.device)

@@ -110,14 +110,14 @@ def record(function: Any, args: tuple[Any, ...]) -> dict[str, Any]:
             outputs = function.forward(*given)
             ctx = _Context(needs)
             function.setup_context(ctx, given, outputs)
-            differentiable = [
-                t for t in outputs if t is not None and id(t) not in ctx.without_gradient
+            has_grad = [t is not None and id(t) not in ctx.without_gradient for t in outputs]
+            made = [
+                forward.value(t) if has else -1 for t, has in zip(outputs, has_grad, strict=True)
             ]
-            made = [forward.value(t) if _is_in(t, differentiable) else -1 for t in outputs]
             saved = [-1 if t is None else forward.value(t) for t in ctx.saved_tensors]
         tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
         grads, backward, held = [-1] * len(tensors), None, forward.held
-        dys = [torch.empty_like(t) for t in differentiable]
+        dys = [torch.empty_like(t) for t, has in zip(outputs, has_grad, strict=True) if has]
         if any(needs):
             with Recorder([*dys, *ctx.saved_tensors], [number]) as taken:
                 found = function.backward(ctx, *_spread(dys, made))
@@ -188,10 +188,6 @@ def _stand_ins(args: tuple[Any, ...]) -> list[Any]:
 
 def _layout(t: Tensor) -> tuple[list[int], list[int], torch.dtype]:
     return list(t.shape), list(t.stride()), t.dtype
-
-
-def _is_in(t: Tensor | None, tensors: list[Tensor]) -> bool:
-    return any(t is each for each in tensors)
 
 
 def _spread(dys: Sequence[Tensor | None], outputs: list[int]) -> list[Tensor | None]:

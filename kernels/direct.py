@@ -20,7 +20,7 @@ from torch import Tensor
 _INVALID_CONTEXT = 201
 _PDL = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _L2_PROMOTION_128B = 2
-_MAP_BYTES, _MAX_MAPS = 128, 4096
+MAP_BYTES, _MAX_MAPS = 128, 4096
 _SCALARS = {"fp32": ("f", 4), "i32": ("i", 4), "i64": ("q", 8)}
 _TMA_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}  # CUtensorMapDataType
 
@@ -95,7 +95,7 @@ def _expected(types: list[str], arguments: int) -> list[tuple[int, str, int]] | 
             if block is None:
                 return None
             rank = block[1].count(",") + 1
-            expected.append((position, "map", _MAP_BYTES))
+            expected.append((position, "map", MAP_BYTES))
             expected += [(position, "in map", size) for size in (4,) * rank + (8,) * rank]
         elif kind.startswith("*") and position < arguments:
             expected.append((position, "Q", 8))
@@ -123,11 +123,6 @@ class Packed(NamedTuple):
     maps: list[tuple[int, int, int, tuple[int, ...]]]
     """Tensor maps, with swizzle and block."""
 
-    @staticmethod
-    def type_of(dtype: torch.dtype) -> int:
-        """The driver's name of a dtype."""
-        return _TMA_TYPES[dtype]
-
 
 class DirectLaunch:
     """One compiled kernel with a grid and sizes; use `direct_launch` to make it."""
@@ -148,8 +143,8 @@ class DirectLaunch:
     ) -> None:
         """Pack what all launches share."""
         end = sum(layout[-1])
-        raw = ctypes.create_string_buffer(end + _MAP_BYTES)
-        start = -ctypes.addressof(raw) % _MAP_BYTES  # a tensor map is aligned
+        raw = ctypes.create_string_buffer(end + MAP_BYTES)
+        start = -ctypes.addressof(raw) % MAP_BYTES  # a tensor map is aligned
         self._buffer = memoryview(raw).cast("B")[start : start + end]
         base = ctypes.addressof(raw) + start
         pointers = (ctypes.c_void_p * len(layout))(*(base + offset for offset, _ in layout))
@@ -245,27 +240,35 @@ class DirectLaunch:
     def _encode(self, t: Tensor, index: int) -> bytes:
         """The tensor map of a tensor, and the shape and strides that Triton puts behind it."""
         swizzle, block = self._meta[index]
-        shape, strides, rank = t.shape, t.stride(), t.dim()
-        itemsize = t.element_size()
-        raw = ctypes.create_string_buffer(2 * _MAP_BYTES)
-        start = -ctypes.addressof(raw) % _MAP_BYTES
+        kind, shape, strides, behind = map_of(t)
+        rank = len(shape)
+        raw = ctypes.create_string_buffer(2 * MAP_BYTES)
+        start = -ctypes.addressof(raw) % MAP_BYTES
         sizes, boxes = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank  # the last dimension first
         code = _driver().cuTensorMapEncodeTiled(
-            ctypes.addressof(raw) + start, _TMA_TYPES[t.dtype], rank, t.data_ptr(),
-            sizes(*reversed(shape)),
-            sizes(*(itemsize * stride for stride in reversed(strides[:-1]))),
+            ctypes.addressof(raw) + start, kind, rank, t.data_ptr(),
+            sizes(*shape),
+            sizes(*strides),
             boxes(*reversed(block)),
             boxes(*[1] * rank),
             0, swizzle, _L2_PROMOTION_128B, 0,
         )  # fmt: skip
-        _check(code, f"a tensor map of {tuple(shape)}, strides {strides}, tile {block},")
-        tensor_map = raw.raw[start : start + _MAP_BYTES]
-        return tensor_map + struct.pack(behind_map(rank), *shape, *strides[:-1], 1)
+        _check(code, f"a tensor map of {tuple(t.shape)}, strides {t.stride()}, tile {block},")
+        tensor_map = raw.raw[start : start + MAP_BYTES]
+        return tensor_map + behind
 
 
-def behind_map(rank: int) -> str:
-    """What Triton puts behind a tensor map, as a format of `struct`: shape and strides, aligned."""
-    return f"<{rank}i{4 * (rank % 2)}x{rank}q"
+def map_of(t: Tensor) -> tuple[int, list[int], list[int], bytes]:
+    """What a tensor map says of t, and what Triton puts behind the map.
+
+    Returns:
+        tuple: the driver's name of the dtype; the sizes, and the strides in bytes but for the last, 1, both
+        with the last dimension first; and shape and strides as bytes, in their order and aligned.
+    """
+    shape, strides, rank = t.shape, t.stride()[:-1], t.dim()
+    behind = struct.pack(f"<{rank}i{4 * (rank % 2)}x{rank}q", *shape, *strides, 1)
+    in_bytes = [t.element_size() * stride for stride in reversed(strides)]
+    return _TMA_TYPES[t.dtype], [*reversed(shape)], in_bytes, behind
 
 
 def _descriptors(made: Any) -> list[dict[str, Any]]:
@@ -326,9 +329,9 @@ def direct_launch(
     for i in maps:  # shape and strides lie behind the map without a gap
         rank = sum(at == expected[i][0] for at, *_ in expected) // 2
         offsets = [o - layout[i][0] for o, _ in layout[i : i + 1 + 2 * rank]]
-        first = _MAP_BYTES + 4 * (rank + rank % 2)  # of the strides
+        first = MAP_BYTES + 4 * (rank + rank % 2)  # of the strides
         if expected[i][1] == "map" and offsets != [
-            0, *range(_MAP_BYTES, first - 4 * (rank % 2), 4), *range(first, first + 8 * rank, 8)
+            0, *range(MAP_BYTES, first - 4 * (rank % 2), 4), *range(first, first + 8 * rank, 8)
         ]:  # fmt: skip
             return None
     return DirectLaunch(made, grid, sizes, arguments, expected, layout)

@@ -61,7 +61,7 @@ bool observed() {
 }
 
 struct Program {
-  std::unique_ptr<Tape> forward, backward;
+  std::unique_ptr<Tape> forward, backward;  // no backward where nothing gets a gradient
   std::vector<int> outputs;  // values of the forward tape, -1 where the caller gets None
   std::vector<int> saved;  // likewise; -1 where nothing is kept
   std::vector<bool> needs;  // of each tensor among the arguments, whether it gets a gradient
@@ -104,19 +104,24 @@ variable_list backward_in_python(const Call& call, const variable_list& saved, c
   }
 }
 
+// Those of the forward tape's values that the caller gets, without the places of None.
+variable_list outputs_of(const Program& program, const std::vector<Tensor>& values) {
+  variable_list outputs;
+  for (const int i : program.outputs)
+    if (i >= 0) outputs.push_back(values[i]);
+  return outputs;
+}
+
 struct Replay : public torch::autograd::Function<Replay> {
-  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const c10::intrusive_ptr<Call>& call,
-                               const variable_list* arguments) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const c10::intrusive_ptr<Call>& call) {
     auto& program = *call->program;
-    auto values = program.forward->run(*arguments, call->numbers, call->stream, call->options);
-    variable_list kept, outputs;
+    const auto values = program.forward->run(tensors.vec(), call->numbers, call->stream, call->options);
+    variable_list kept;
     for (const int i : program.saved) kept.push_back(i < 0 ? Tensor() : values[i]);
     ctx->save_for_backward(std::move(kept));
     ctx->set_materialize_grads(false);
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
-    for (const int i : program.outputs)
-      if (i >= 0) outputs.push_back(values[i]);
-    return outputs;
+    return outputs_of(program, values);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list dys) {
@@ -133,7 +138,7 @@ struct Replay : public torch::autograd::Function<Replay> {
     auto layout = program.kept.begin();
     for (const auto& t : inputs)  // hooks of saved tensors may have brought others
       if (t.defined()) as_recorded = as_recorded && *layout++ == t;
-    variable_list grads(needs.size() + 2);  // what stands behind the tensors has none
+    variable_list grads(needs.size() + 1);  // the call, behind the tensors, has none
     if (as_recorded) {
       variable_list given = dys;
       given.insert(given.end(), inputs.begin(), inputs.end());
@@ -180,6 +185,13 @@ bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::D
   } else if (PyBool_Check(object) || PyLong_CheckExact(object)) {
     key.push_back('i');
     put(key, PyLong_AsLongLong(object));
+  } else if (PyUnicode_CheckExact(object)) {
+    Py_ssize_t length = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(object, &length);
+    if (text == nullptr) throw py::error_already_set();
+    key.push_back('s');
+    put(key, length);
+    key.append(text, length);
   } else if (PyTuple_CheckExact(object) || PyList_CheckExact(object)) {
     key.push_back('(');
     put(key, PySequence_Fast_GET_SIZE(object));
@@ -241,15 +253,9 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
   variable_list outputs;
   {
     py::gil_scoped_release free;
-    bool differentiable = false;
-    for (const bool need : program.needs) differentiable |= need;
-    if (differentiable) {
-      outputs = Replay::apply(at::TensorList(tensors), call, &tensors);
-    } else {
-      auto values = program.forward->run(tensors, call->numbers, call->stream, call->options);
-      for (const int i : program.outputs)
-        if (i >= 0) outputs.push_back(values[i]);
-    }
+    outputs = program.backward
+                  ? Replay::apply(at::TensorList(tensors), call)
+                  : outputs_of(program, program.forward->run(tensors, call->numbers, call->stream, call->options));
   }
   py::tuple result(program.outputs.size());
   size_t next = 0;

@@ -217,80 +217,52 @@ struct Tape {
   }
 };
 
+std::unique_ptr<Launch> make_launch(const py::tuple& t) {
+  auto launch = std::make_unique<Launch>();
+  launch->function = reinterpret_cast<void*>(t[1].cast<uintptr_t>());
+  launch->grid = t[2].cast<std::array<uint32_t, 3>>();
+  launch->threads = t[3].cast<uint32_t>();
+  launch->shared = t[4].cast<uint32_t>();
+  launch->early = t[5].cast<bool>();
+  launch->parameters = t[6].cast<std::string>();
+  launch->offsets = t[7].cast<std::vector<uint32_t>>();
+  TORCH_CHECK(launch->parameters.size() <= 4096 && launch->offsets.size() <= 128, "a kernel of too many parameters");
+  for (const auto& each : t[8].cast<std::vector<std::tuple<size_t, int64_t, uint32_t>>>())
+    launch->pointers.push_back({std::get<0>(each), std::get<1>(each), std::get<2>(each)});
+  for (const auto& item : t[9].cast<py::list>()) {
+    const auto o = item.cast<py::tuple>();
+    Operand operand{};
+    operand.at = {o[0].cast<size_t>(), o[1].cast<int64_t>(), o[2].cast<uint32_t>()};
+    operand.type = o[3].cast<int>();
+    operand.swizzle = o[4].cast<int>();
+    operand.sizes = o[5].cast<std::vector<uint64_t>>();
+    operand.strides = o[6].cast<std::vector<uint64_t>>();
+    operand.box = o[7].cast<std::vector<uint32_t>>();
+    operand.ones.assign(operand.box.size(), 1);
+    launch->operands.push_back(std::move(operand));
+  }
+  for (const auto& each : t[10].cast<std::vector<std::tuple<uint32_t, std::string, int>>>())
+    launch->numbers.push_back({std::get<0>(each), std::get<1>(each)[0], std::get<2>(each)});
+  return launch;
+}
+
 Step make_step(const py::tuple& t) {
   const auto name = t[0].cast<std::string>();
-  Step step{};
-  if (name == "empty") {
-    step.kind = Kind::Empty;
-    step.to = t[1].cast<size_t>();
-    step.sizes = t[2].cast<std::vector<int64_t>>();
-    step.strides = t[3].cast<std::vector<int64_t>>();
-    step.dtype = t[4].cast<at::ScalarType>();
-  } else if (name == "view") {
-    step.kind = Kind::View;
-    step.to = t[1].cast<size_t>();
-    step.a = t[2].cast<size_t>();
-    step.sizes = t[3].cast<std::vector<int64_t>>();
-    step.strides = t[4].cast<std::vector<int64_t>>();
-    step.offset = t[5].cast<int64_t>();
-  } else if (name == "copy") {
-    step.kind = Kind::Copy;
-    step.to = t[1].cast<size_t>();
-    step.a = t[2].cast<size_t>();
-  } else if (name == "addmm") {
-    step.kind = Kind::Addmm;
-    step.to = t[1].cast<size_t>();
-    step.a = t[2].cast<size_t>();
-    step.b = t[3].cast<size_t>();
-  } else if (name == "mm") {
-    step.kind = Kind::Mm;
-    step.to = t[1].cast<size_t>();
-    step.a = t[2].cast<size_t>();
-    step.b = t[3].cast<size_t>();
-    step.dtype = t[4].cast<at::ScalarType>();
-  } else if (name == "zero") {
-    step.kind = Kind::Zero;
-    step.to = t[1].cast<size_t>();
-  } else if (name == "randint") {
-    step.kind = Kind::Randint;
-    step.to = t[1].cast<size_t>();
-    step.offset = t[2].cast<int64_t>();
-  } else if (name == "sort") {
-    step.kind = Kind::Sort;
-    step.to = t[1].cast<size_t>();
-    step.b = t[2].cast<size_t>();
-    step.a = t[3].cast<size_t>();
-  } else {
-    TORCH_CHECK(name == "launch", "no such step: ", name);
-    step.kind = Kind::Launch;
-    step.launch = std::make_unique<Launch>();
-    auto& launch = *step.launch;
-    launch.function = reinterpret_cast<void*>(t[1].cast<uintptr_t>());
-    launch.grid = t[2].cast<std::array<uint32_t, 3>>();
-    launch.threads = t[3].cast<uint32_t>();
-    launch.shared = t[4].cast<uint32_t>();
-    launch.early = t[5].cast<bool>();
-    launch.parameters = t[6].cast<std::string>();
-    launch.offsets = t[7].cast<std::vector<uint32_t>>();
-    TORCH_CHECK(launch.parameters.size() <= 4096 && launch.offsets.size() <= 128, "a kernel of too many parameters");
-    for (const auto& each : t[8].cast<std::vector<std::tuple<size_t, int64_t, uint32_t>>>())
-      launch.pointers.push_back({std::get<0>(each), std::get<1>(each), std::get<2>(each)});
-    for (const auto& item : t[9].cast<py::list>()) {
-      const auto o = item.cast<py::tuple>();
-      Operand operand{};
-      operand.at = {o[0].cast<size_t>(), o[1].cast<int64_t>(), o[2].cast<uint32_t>()};
-      operand.type = o[3].cast<int>();
-      operand.swizzle = o[4].cast<int>();
-      operand.sizes = o[5].cast<std::vector<uint64_t>>();
-      operand.strides = o[6].cast<std::vector<uint64_t>>();
-      operand.box = o[7].cast<std::vector<uint32_t>>();
-      operand.ones.assign(operand.box.size(), 1);
-      launch.operands.push_back(std::move(operand));
-    }
-    for (const auto& each : t[10].cast<std::vector<std::tuple<uint32_t, std::string, int>>>())
-      launch.numbers.push_back({std::get<0>(each), std::get<1>(each)[0], std::get<2>(each)});
-  }
-  return step;
+  const auto value = [&t](size_t i) { return t[i].cast<size_t>(); };
+  const auto sizes = [&t](size_t i) { return t[i].cast<std::vector<int64_t>>(); };
+  const auto dtype = [&t](size_t i) { return t[i].cast<at::ScalarType>(); };
+  if (name == "empty") return {.kind = Kind::Empty, .to = value(1), .sizes = sizes(2), .strides = sizes(3), .dtype = dtype(4)};
+  if (name == "view")
+    return {.kind = Kind::View, .to = value(1), .a = value(2), .sizes = sizes(3), .strides = sizes(4),
+            .offset = t[5].cast<int64_t>()};
+  if (name == "copy") return {.kind = Kind::Copy, .to = value(1), .a = value(2)};
+  if (name == "addmm") return {.kind = Kind::Addmm, .to = value(1), .a = value(2), .b = value(3)};
+  if (name == "mm") return {.kind = Kind::Mm, .to = value(1), .a = value(2), .b = value(3), .dtype = dtype(4)};
+  if (name == "zero") return {.kind = Kind::Zero, .to = value(1)};
+  if (name == "randint") return {.kind = Kind::Randint, .to = value(1), .offset = t[2].cast<int64_t>()};
+  if (name == "sort") return {.kind = Kind::Sort, .to = value(1), .a = value(3), .b = value(2)};
+  TORCH_CHECK(name == "launch", "no such step: ", name);
+  return {.kind = Kind::Launch, .launch = make_launch(t)};
 }
 
 std::unique_ptr<Tape> make_tape(const py::tuple& t) {

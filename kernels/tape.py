@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .direct import behind_map
+from .direct import MAP_BYTES, map_of
 from .launch import Launch, recording
 
 _aten = torch.ops.aten
@@ -110,14 +110,10 @@ class Recorder(TorchDispatchMode):
         operands: list[tuple[Any, ...]] = []
         numbers: list[tuple[int, str, int]] = []
         for position, offset, swizzle, box in packed.maps:
-            t = args[position]
-            strides = [t.element_size() * stride for stride in t.stride()[:-1]]
-            behind = struct.pack(behind_map(t.dim()), *t.shape, *t.stride()[:-1], 1)
-            parameters[offset + 128 : offset + 128 + len(behind)] = behind
-            operands.append(
-                (*self._place(t), offset, packed.type_of(t.dtype), swizzle, list(reversed(t.shape)),
-                 list(reversed(strides)), list(reversed(box)))
-            )  # fmt: skip
+            dtype, sizes, strides, behind = map_of(args[position])
+            parameters[offset + MAP_BYTES : offset + MAP_BYTES + len(behind)] = behind
+            place = (*self._place(args[position]), offset)
+            operands.append((*place, dtype, swizzle, sizes, strides, [*reversed(box)]))
         for position, offset, kind in packed.scalars:
             argument = args[position]
             if kind == "Q":

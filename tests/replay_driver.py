@@ -111,6 +111,16 @@ def replaying(module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpre
     module.clear()
 
 
+@contextlib.contextmanager
+def by_python() -> Iterator[None]:
+    """Calls of the block are Python's."""
+    module, native.module = native.module, None
+    try:
+        yield
+    finally:
+        native.module = module
+
+
 def is_replayed(y: Tensor) -> bool:
     node: Any = y.grad_fn
     while type(node).__name__ == "ViewBackward0":

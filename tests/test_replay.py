@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from replay_driver import assert_identical, is_replayed
+from replay_driver import assert_identical, by_python, is_replayed
 
 import fastlora
 from fastlora import autograd, replay
 from fastlora.kernels import launch, lora_one_pass, lora_product, native
+from fastlora.kernels.direct import Packed
+from fastlora.kernels.tape import Recorder
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
@@ -78,11 +82,8 @@ class Layer:
         return self
 
     def by_python(self, **options: Any) -> list[Tensor]:
-        module, native.module = native.module, None
-        try:
+        with by_python():
             return self.step(**options)
-        finally:
-            native.module = module
 
 
 CASES = {
@@ -149,6 +150,32 @@ def test_one_pass_is_replayed(driver: Any, monkeypatch: pytest.MonkeyPatch, p: f
     assert not tickets
     for _ in range(3):
         assert_identical(layer.step(), layer.by_python())
+
+
+def test_a_tape_says_what_tma_must_know_of_an_operand() -> None:
+    """What a GPU alone runs: a map is 128 bytes, then shape and strides; pointers come after it."""
+
+    class Prepared:
+        def prepared(self, args: tuple[Any, ...]) -> Prepared:
+            return self
+
+        def packed(self) -> Packed:
+            maps, scalars = [(0, 0, 3, (64, 32))], [(1, 152, "Q"), (2, 160, "f"), (3, 164, "i")]
+            return Packed(99, (7, 1, 1), 128, 512, True, bytes(168), [0, 128, 152], scalars, maps)
+
+    rows, y = torch.empty(5, 24, dtype=BF16), torch.empty(4, 6)
+    with Recorder([rows, y], [2.5]) as recorder:
+        recorder.launch(Prepared(), (rows[1:, 8:17], y[2:], 2.5, 11))  # type: ignore[arg-type]
+    size, tickets, ((kind, function, grid, *launch, numbers),) = recorder.tape()
+    assert (size, tickets, kind, function, grid) == (2, 0, "launch", 99, (7, 1, 1))
+    threads, shared, early, parameters, offsets, pointers, operands = launch
+    assert (threads, shared, early, offsets) == (128, 512, True, [0, 128, 152])
+    # The value, bytes behind its start, the offset; CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, the swizzle.
+    assert operands == [(0, (24 + 8) * 2, 0, 9, 3, [9, 4], [48], [32, 64])]
+    assert parameters[128:152] == struct.pack("<2i2q", 4, 9, 24, 1)
+    assert pointers == [(1, 2 * 6 * 4, 152)]
+    assert numbers == [(160, "f", 0)]
+    assert parameters[164:168] == struct.pack("<i", 11)
 
 
 def test_tickets_of_python_are_even() -> None:
@@ -267,21 +294,20 @@ def test_checkpointing(driver: Any, use_reentrant: bool, first: str) -> None:
     torch.manual_seed(5)
     expected = layer.step()
     layer.learn()
-    module = native.module
     calls = itertools.count()
 
     def run(x: Tensor) -> Tensor:
-        native.module = module if (next(calls) == 0) == (first == "replay") else None
-        return fastlora.lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, **layer.options)
+        replays = (next(calls) == 0) == (first == "replay")
+        with contextlib.nullcontext() if replays else by_python():
+            return fastlora.lora_linear(
+                x, layer.weight, layer.lora_A, layer.lora_B, **layer.options
+            )
 
-    try:
-        torch.manual_seed(5)
-        y = checkpoint(run, layer.x, use_reentrant=use_reentrant)
-        for t in layer.wanted:
-            t.grad = None
-        y.backward(layer.dy)
-    finally:
-        native.module = module
+    torch.manual_seed(5)
+    y = checkpoint(run, layer.x, use_reentrant=use_reentrant)
+    for t in layer.wanted:
+        t.grad = None
+    y.backward(layer.dy)
     assert_identical([y.detach(), *(t.grad for t in layer.wanted)], expected)  # type: ignore[misc]
 
 

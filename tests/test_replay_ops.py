@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from replay_driver import assert_identical, is_replayed
+from replay_driver import assert_identical, by_python, is_replayed
 
 import fastlora
 from fastlora import replay
@@ -84,11 +84,8 @@ def test_other_ops_are_python_s_bit_for_bit(
     for scaling in (0.5,) if op is group else (0.5, -2.0):
         case = op(dtype, bias, scaling)
         found = step(*case)
-        module, native.module = native.module, None
-        try:
+        with by_python():
             assert_identical(found, step(*case))
-        finally:
-            native.module = module
     assert native.module.programs() == 1
 
 
@@ -121,11 +118,8 @@ def test_many_adapters_without_gradients(
             routing = fastlora.route(torch.randint(-1, L, (rows,), device=DEVICE), L)
             for _ in range(2):
                 y = fastlora.lora_linear_multi(x, weight, stack, routing, bias=bias)
-            module, native.module = native.module, None
-            try:
+            with by_python():
                 expected = fastlora.lora_linear_multi(x, weight, stack, routing, bias=bias)
-            finally:
-                native.module = module
             assert torch.equal(y, expected)
             results.append(y)
         assert native.module.programs() >= 1, replay.refusals
