@@ -69,6 +69,11 @@ def _check(code: int, what: str) -> None:
         raise RuntimeError(f"{what} failed: CUDA error {code}: {(text.value or b'?').decode()}")
 
 
+def make_context() -> None:
+    """Give this thread, which has not used the GPU yet, the context that the driver asks for."""
+    torch._C._cuda_setDevice(torch._C._cuda_getDevice())
+
+
 def _parameters(function: int) -> list[tuple[int, int]]:
     """Offset and size of each parameter of a kernel, as the driver knows them."""
     found: list[tuple[int, int]] = []
@@ -222,8 +227,8 @@ class DirectLaunch:
             self._pack(self._buffer, self._offset, *pointers, *[args[i] for i in self._numbers])
             self._config.stream = stream
             code = _launch_kernel(self._config_address, self._function, self._parameters, None)
-            if code == _INVALID_CONTEXT:  # a thread that has not used the GPU yet
-                torch._C._cuda_setDevice(torch._C._cuda_getDevice())
+            if code == _INVALID_CONTEXT:
+                make_context()
                 code = _launch_kernel(self._config_address, self._function, self._parameters, None)
         if code:
             _check(code, "launching a kernel")

@@ -1,7 +1,7 @@
 """`replay.cpp`, compiled where it runs: once a machine, while Python does its work.
 
 It needs what Triton needs, a C++ compiler and Python's headers. Without them everything runs as before, and
-`problem` says why; FASTLORA_REPLAY=0 asks for that, FASTLORA_REPLAY=all for more.
+`problem` says why; FASTLORA_REPLAY=0 asks for that.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from .direct import make_context
 from .tuned import cache_folder
 
 try:
@@ -41,11 +42,6 @@ problem = "no fused call has run on a GPU yet"
 """Why there is none, or not yet."""
 _thread: threading.Thread | None = None
 _started = threading.Lock()
-
-
-def replays_all() -> bool:
-    """Whether calls are replayed that no GPU has seen replayed yet: FASTLORA_REPLAY=all."""
-    return os.environ.get(VARIABLE) == "all"
 
 
 def start() -> None:
@@ -76,7 +72,7 @@ def _make() -> None:
     try:
         path = compiled()
         made = load(path)
-        made.configure(*_driver_functions(), "cuda")
+        made.configure(*_driver_functions(), make_context, "cuda")
     except (OSError, RuntimeError, ImportError, AttributeError) as error:
         problem = str(error)
     else:
@@ -85,7 +81,9 @@ def _make() -> None:
 
 def _driver_functions() -> tuple[int, ...]:
     cuda = ctypes.CDLL("libcuda.so.1")
-    names = ("cuLaunchKernelEx", "cuTensorMapEncodeTiled", "cuStreamIsCapturing")
+    names = (
+        "cuLaunchKernelEx", "cuTensorMapEncodeTiled", "cuStreamIsCapturing", "cuCtxGetCurrent"
+    )  # fmt: skip
     return tuple(ctypes.cast(getattr(cuda, name), ctypes.c_void_p).value or 0 for name in names)
 
 

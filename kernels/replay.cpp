@@ -280,9 +280,11 @@ void keep(const std::string& key, const py::dict& made) {
   entry.program = program;
 }
 
-void configure(uintptr_t launch, uintptr_t encode, uintptr_t is_capturing, const std::string& device) {
+void configure(uintptr_t launch, uintptr_t encode, uintptr_t is_capturing, uintptr_t current_context,
+               py::object make_context, const std::string& device) {
   driver = {reinterpret_cast<LaunchKernel>(launch), reinterpret_cast<EncodeTiled>(encode),
-            reinterpret_cast<IsCapturing>(is_capturing), c10::Device(device).type()};
+            reinterpret_cast<IsCapturing>(is_capturing), reinterpret_cast<CurrentContext>(current_context),
+            std::move(make_context), c10::Device(device).type()};
 }
 
 }  // namespace

@@ -5,7 +5,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
@@ -31,12 +30,16 @@ using LaunchKernel = int (*)(const void*, void*, void**, void**);
 using EncodeTiled = int (*)(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*,
                             const uint32_t*, int, int, int, int);
 using IsCapturing = int (*)(void*, int*);
+using CurrentContext = int (*)(void**);
 struct Driver {
   LaunchKernel launch = nullptr;
   EncodeTiled encode = nullptr;
   IsCapturing is_capturing = nullptr;
+  CurrentContext current_context = nullptr;
+  py::object make_context;  // gives this thread one
   c10::DeviceType device = c10::DeviceType::CUDA;
-} driver;
+};
+auto& driver = *new Driver;  // never destroyed: Python is gone by then
 
 struct LaunchAttribute {  // CUlaunchAttribute
   int id, pad, value;
@@ -53,8 +56,16 @@ void check(int code, const char* what) {
   TORCH_CHECK(code == 0, what, " failed: CUDA error ", code);
 }
 
+// Whether a stream is; asked before anything of a tape is done. A thread that has not used the GPU yet has no
+// context, and without one the driver dies of this question.
 bool capturing(void* stream) {
+  void* context = nullptr;
   int status = 0;
+  check(driver.current_context(&context), "asking for the context of a thread");
+  if (context == nullptr) {
+    py::gil_scoped_acquire gil;
+    driver.make_context();
+  }
   check(driver.is_capturing(stream, &status), "asking a stream whether it is being captured");
   return status != 0;
 }
@@ -144,13 +155,7 @@ struct Launch {
     for (size_t i = 0; i < offsets.size(); i++) addresses[i] = packed + offsets[i];
     LaunchAttribute attribute{/*programmatic stream serialization*/ 6, 0, 1, {}};
     LaunchConfig config{{grid[0], grid[1], grid[2]}, {threads, 1, 1}, shared, run.stream, &attribute, early ? 1u : 0u};
-    int code = driver.launch(&config, function, addresses.data(), nullptr);
-    if (code == 201) {  // no context: a thread that has not used the GPU yet
-      c10::impl::VirtualGuardImpl guard(driver.device);
-      guard.setDevice(guard.getDevice());
-      code = driver.launch(&config, function, addresses.data(), nullptr);
-    }
-    check(code, "launching a kernel");
+    check(driver.launch(&config, function, addresses.data(), nullptr), "launching a kernel");
   }
 };
 

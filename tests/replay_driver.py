@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p
 )
 _CAPTURING = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int))
+_CONTEXT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
+_INVALID_CONTEXT = 201
 
 
 class _Prepared:
@@ -48,20 +51,26 @@ def _tensor_at(pointer: int, like: Tensor) -> Tensor:
 
 
 class InterpretedDriver:
-    """The three functions that `replay.cpp` calls, and `Launch.prepared` for what they launch."""
+    """What `replay.cpp` calls, and `Launch.prepared` for what it launches.
+
+    As the real one's, its functions want a context in every thread.
+    """
 
     def __init__(self) -> None:
         self.launches = 0
         self.is_capturing = False
         self.error = 0
+        self._contexts = threading.local()
         self._known: dict[int, tuple[Any, tuple[Any, ...]]] = {}
         self._numbers: dict[tuple[Any, ...], int] = {}
-        self._functions = (_LAUNCH(self._launch), _CAPTURING(self._capturing))
+        self._functions = (
+            _LAUNCH(self._launch), _CAPTURING(self._capturing), _CONTEXT(self._context)
+        )  # fmt: skip
 
-    def functions(self) -> tuple[int, int, int]:
-        """Their addresses; there are no tensor maps to encode."""
-        launch, capturing = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self._functions)
-        return launch, 0, capturing
+    def configure(self, module: Any) -> None:
+        """Let the module call this; there are no tensor maps to encode."""
+        launch, *others = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self._functions)
+        module.configure(launch, 0, *others, self._make_context, "cpu")
 
     def prepared(self, launch: launching.Launch, args: tuple[Any, ...]) -> _Prepared:
         """In place of `Launch.prepared`."""
@@ -71,8 +80,8 @@ class InterpretedDriver:
         return _Prepared(number, args)
 
     def _launch(self, config: int, function: int, parameters: Any, extra: int) -> int:
-        if self.error:
-            return self.error
+        if self.error or not self._has_context():
+            return self.error or _INVALID_CONTEXT
         launch, recorded = self._known[function]
         args: list[Any] = []
         for i, like in enumerate(recorded):
@@ -89,7 +98,17 @@ class InterpretedDriver:
 
     def _capturing(self, stream: int, status: Any) -> int:
         status[0] = int(self.is_capturing)
+        return 0 if self._has_context() else _INVALID_CONTEXT
+
+    def _context(self, context: Any) -> int:
+        context[0] = int(self._has_context())
         return 0
+
+    def _has_context(self) -> bool:
+        return hasattr(self._contexts, "made")
+
+    def _make_context(self) -> None:
+        self._contexts.made = True
 
 
 @contextlib.contextmanager
@@ -98,7 +117,7 @@ def replaying(module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpre
     found = None
     if not torch.cuda.is_available():
         found = InterpretedDriver()
-        module.configure(*found.functions(), "cpu")
+        found.configure(module)
         monkeypatch.setattr(native, "module", module)
         monkeypatch.setattr(
             launching.Launch, "prepared", lambda self, args: found.prepared(self, args)

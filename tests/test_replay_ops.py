@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from typing import Any
 
 import pytest
@@ -98,10 +99,8 @@ def test_many_adapters_without_gradients(
     dtype: torch.dtype,
     ranks: bool,
     inference: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Layers of a step share a routing: its first call makes tables, in Python."""
-    monkeypatch.setenv(native.VARIABLE, "all")
     L, K, N, R = 5, 64, 48, 8
 
     def made(*shape: int) -> Tensor:
@@ -153,3 +152,26 @@ def test_settings_are_read_at_each_call(driver: Any, op: Any) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert is_replayed(step())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_threads_that_never_used_the_gpu(driver: Any, learned: bool, grad: bool) -> None:
+    x, weight, lora_A, lora_B = (
+        torch.randn(shape, device=DEVICE).to(torch.bfloat16).requires_grad_(grad and i != 1)
+        for i, shape in enumerate(((40, 64), (48, 64), (8, 64), (48, 8)))
+    )
+    inputs = [x, lora_A, lora_B] if grad else []
+
+    def step() -> list[Tensor]:
+        y = fastlora.lora_linear(x, weight, lora_A, lora_B)
+        return [y.detach(), *(torch.autograd.grad(y.sum(), inputs) if grad else ())]
+
+    expected = step()
+    for _ in range(3 * learned):
+        step()
+    for _ in range(3):  # pools, whose threads are all new
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for job in [pool.submit(step) for _ in range(24)]:
+                assert_identical(job.result(), expected)
+    assert native.module.programs() >= 1, replay.refusals
