@@ -26,11 +26,12 @@ from fastlora.modules import MAX_RANK, lora_scaling
 
 _SETTINGS = ("r", "lora_alpha", "use_rslora", "scaling")
 
-_FIRST = 16
-"""Layers that are changed before the first of them is merged, so that the GPU begins while the host goes on.
+_FIRST, _PART = 16, 32
+"""Layers that are changed before they are merged, at first and then: the GPU begins while the host goes on.
 
-Then as many as were done before: a launch merges all layers of a shape, and the GPU has work for longer than
-the host takes to prepare twice as much.
+One launch merges all layers of a shape. Parts that double leave the GPU without work before the large ones,
+and the host without before the last: 9.1 ms a switch, where parts of 32 take 8.1 and one copy of all weights
+7.2 (an H200, the linears of an 8B Llama).
 """
 
 
@@ -188,7 +189,7 @@ def _apply(new: Sequence[_Adapter], safe: bool) -> None:
     done = 0
     try:
         while done < len(new):
-            part = new[done:] if safe else new[done : 2 * done or _FIRST]
+            part = new[done:] if safe else new[done : done + (_PART if done else _FIRST)]
             layers = [adapter.layer for adapter in part]
             values += _copies([p for adapter in part for p in adapter.parameters])
             changed += [(a, None if a.settings is None else _settings(a.layer)) for a in part]

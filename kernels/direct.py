@@ -185,11 +185,17 @@ class DirectLaunch:
         self._lock = threading.Lock()
 
     def packed(self) -> Packed:
-        """What a launch is made of, for who makes it elsewhere."""
-        config = self._config
+        """What a launch is made of, for who makes it elsewhere; empty where each launch writes its own."""
+        config, parameters = self._config, bytearray(self._buffer)
+        for offset, kind, _ in self._scalars:
+            struct.pack_into(f"<{kind}", parameters, offset, 0)
+        for (_, offset), (_, block) in zip(self._maps, self._meta, strict=True):
+            rank = len(block)
+            size = MAP_BYTES + 4 * (rank + rank % 2) + 8 * rank
+            parameters[offset : offset + size] = bytes(size)
         return Packed(
             self._function, tuple(config.grid), config.block[0], config.shared, config.count > 0,
-            bytes(self._buffer), self._offsets, [(p, o, kind) for o, kind, p in self._scalars],
+            bytes(parameters), self._offsets, [(p, o, kind) for o, kind, p in self._scalars],
             [(*at, *meta) for at, meta in zip(self._maps, self._meta, strict=True)],
         )  # fmt: skip
 

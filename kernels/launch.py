@@ -266,6 +266,11 @@ class Aside:
         self._current: Any = torch.cuda.current_stream(device) if captured else None
         self._side: Any = _side_stream(device) if captured else None
 
+    @property
+    def runs_beside(self) -> bool:
+        """Whether the block is a branch of a graph."""
+        return self._side is not None
+
     def __enter__(self) -> None:
         """Fork."""
         if self._current is not None:

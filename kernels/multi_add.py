@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import adapters_of_rows, add_bias, strides
+from .common import adapters_of_rows, add_bias, has_pdl, strides, wait_for_previous_kernel
 from .config import cdiv
 from .config_multi import MULTI_ADD_COLUMNS, multi_reads_rows, rows_ranks
 from .launch import Launch, cached_plan
@@ -54,12 +54,13 @@ def update_of_rows(
 def _lora_multi_add_kernel(
     product_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, order_ptr, sorted_ids_ptr, ranks_ptr,
     M, N, R, stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, S_PARTS: tl.constexpr, EVICTION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, S_PARTS: tl.constexpr, EVICTION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``y[m] = product[m] + bias + s[m] B[l]^T``, l the row's adapter; rows of one adapter come together.
+    """``y[m] = product[m] + (s[m] B[l]^T + bias)``, l the row's adapter; rows of one adapter come together.
 
-    Grid: ``(rows, blocks of columns)``.
+    Without a product the sum in brackets alone. With PDL the first ranks of B are on their way while s is
+    being made. Grid: ``(rows, blocks of columns)``.
     """
     place = tl.program_id(0) + tl.arange(0, 1)
     offs_m = tl.load(order_ptr + place).to(tl.int64)  # [1]
@@ -70,8 +71,10 @@ def _lora_multi_add_kernel(
     b = gather_rows(
         b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, EVICTION, BLOCK_R
     )
-    acc = tl.load(product_ptr + tile, mask=inside, other=0.0).to(tl.float32)  # [1, BLOCK_N]
-    acc += update_of_rows(b, s_ptr, ranks, offs_m, 0, stride_sp, stride_sm, S_PARTS, BLOCK_R)
+    if product_ptr is not None:
+        product = tl.load(product_ptr + tile, mask=inside, other=0.0).to(tl.float32)  # [1, BLOCK_N]
+    wait_for_previous_kernel(PDL)
+    acc = update_of_rows(b, s_ptr, ranks, offs_m, 0, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     for r in range(BLOCK_R, tl.max(ranks, axis=0), BLOCK_R):
         b = gather_rows(
             b_ptr, slots, ranks, offs_n, r, N, R, stride_bl, stride_bn, stride_br, EVICTION, BLOCK_R
@@ -79,6 +82,8 @@ def _lora_multi_add_kernel(
         acc += update_of_rows(b, s_ptr, ranks, offs_m, r, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, offs_n, N)
+    if product_ptr is not None:
+        acc += product
     tl.store(y_ptr + tile, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -93,14 +98,15 @@ def _plan(
     dtypes: tuple[torch.dtype, torch.dtype | None],
     device: torch.device,
     has_ranks: bool,
+    alone: bool,
 ) -> Launch:
     (parts, M, R), N = s_shape, b_shape[1]
-    block_n = MULTI_ADD_COLUMNS
+    block_n, pdl = MULTI_ADD_COLUMNS, alone and has_pdl(device)
     return Launch(
         _lora_multi_add_kernel, (M, cdiv(N, block_n)), device,
         M, N, R, *s_stride[:2], *strides(b_shape, b_stride),
         fixed=True, HAS_BIAS=dtypes[1] is not None, S_PARTS=parts,
-        EVICTION="evict_first" if multi_reads_rows(M) else "",
+        EVICTION="evict_first" if multi_reads_rows(M) else "", PDL=pdl, launch_pdl=pdl,
         BLOCK_N=block_n, BLOCK_R=rows_ranks(R, block_n, 4, b_dtype.itemsize), num_warps=4,
     )  # fmt: skip
 
@@ -129,7 +135,7 @@ def lora_multi_add(
     dtype: torch.dtype,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``y = product + bias + s B[l]^T``, rounded once; l is each row's adapter.
+    """``y = product + (s B[l]^T + bias)``, rounded once; l is each row's adapter.
 
     What a row adds is summed in fp32, without tensor cores: the work is that of reading B.
 
@@ -145,10 +151,37 @@ def lora_multi_add(
     Returns:
         Tensor: ``[M, N]``. Sums go in a fixed order: bit-identical from run to run.
     """
+    return _add(product, s, lora_B, ranks, routing, dtype, bias)
+
+
+def lora_multi_update(
+    s: Tensor,
+    lora_B: Tensor,
+    ranks: Tensor | None,
+    routing: tuple[Tensor, Tensor],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``s B[l]^T + bias`` in fp32 ``[M, N]``: what `lora_multi_add` adds, bit for bit.
+
+    To be launched right after the kernel that makes s, beside which it begins. Arguments are those of
+    `lora_multi_add`.
+    """
+    return _add(None, s, lora_B, ranks, routing, torch.float32, bias)
+
+
+def _add(
+    product: Tensor | None,
+    s: Tensor,
+    lora_B: Tensor,
+    ranks: Tensor | None,
+    routing: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    bias: Tensor | None,
+) -> Tensor:
     launch = _plan(
         s.shape, s.stride(), s.dtype, lora_B.shape, lora_B.stride(), lora_B.dtype,
-        (dtype, None if bias is None else bias.dtype), s.device, ranks is not None,
+        (dtype, None if bias is None else bias.dtype), s.device, ranks is not None, product is None,
     )  # fmt: skip
-    y = torch.empty(product.shape, dtype=dtype, device=product.device)
+    y = torch.empty((s.shape[1], lora_B.shape[1]), dtype=dtype, device=s.device)
     launch(product, y, s, lora_B, bias, *routing, ranks)
     return y

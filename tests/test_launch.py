@@ -270,6 +270,16 @@ def test_a_direct_launch_packs_what_the_kernel_expects(monkeypatch):
     assert driver.maps == 1, "the map of the same tensor is made once"
 
 
+def test_what_launches_share_is_not_what_the_last_one_wrote(monkeypatch):
+    """Two recordings of a call are compared while other threads launch."""
+    _, launch = direct_of(monkeypatch)
+    fresh = launch.packed()
+    launch(1, arguments(torch.empty(40, 64, dtype=torch.bfloat16), torch.empty(3), torch.empty(3)))
+    assert launch.packed() == fresh
+    assert struct.unpack_from("<i4xq", fresh.parameters, 176) == (300, 2**33)
+    assert not any(fresh.parameters[:176])
+
+
 def test_a_tensor_map_is_made_for_each_address(monkeypatch):
     driver, launch = direct_of(monkeypatch)
     monkeypatch.setattr(direct, "_MAX_MAPS", 2)

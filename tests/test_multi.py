@@ -354,13 +354,13 @@ def sorted_rows(ids):
     return routing.order, routing.sorted_ids
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("way", ["decode", "add", "update"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("R", [1, 3, 16, 40])
-def test_rows_that_gather_their_own_adapter(device, apart, with_bias, R):
+def test_rows_that_gather_their_own_adapter(device, way, with_bias, R):
     """In one launch, or added to a product that is there; s in parts; what is past a row's rank is NaN."""
     from fastlora.kernels.config import LaunchConfig
-    from fastlora.kernels.multi_add import frozen_product, lora_multi_add
+    from fastlora.kernels.multi_add import frozen_product, lora_multi_add, lora_multi_update
     from fastlora.kernels.multi_decode import lora_multi_decode
 
     M, K, N, slots = 21, 136, 40, 3
@@ -379,10 +379,15 @@ def test_rows_that_gather_their_own_adapter(device, apart, with_bias, R):
     held = torch.tensor(ranks, dtype=torch.int32, device=device)
 
     def call():
-        if apart:
-            product = frozen_product(x, weight)
-            return lora_multi_add(product, s, lora_B, held, sorted_rows(ids), x.dtype, bias)
-        return lora_multi_decode(x, weight, s, lora_B, held, ids, c, bias)
+        if way == "decode":
+            return lora_multi_decode(x, weight, s, lora_B, held, ids, c, bias)
+        product = frozen_product(x, weight)
+        added = lora_multi_add(product, s, lora_B, held, sorted_rows(ids), x.dtype, bias)
+        if way == "update":
+            assert torch.equal(
+                added, product + lora_multi_update(s, lora_B, held, sorted_rows(ids), bias)
+            )
+        return added
 
     got = call()
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
@@ -406,3 +411,39 @@ def test_rows_that_read_their_own_adapter(device, dtype, K, R):
         exact = scaling[slot].double() * (lora_A[slot, :r].double() @ x[m].double())
         torch.testing.assert_close(s[:, m, :r].double().sum(0), exact, rtol=1e-4, atol=1e-4)
         assert s[:, m, r:].isnan().all()  # allocated as NaN in these tests
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("M", [3, 20, 64, 200, 300])
+def test_a_captured_call_gives_what_an_eager_one_does(M, grad, dtype):
+    """In a graph few rows take other launches; replayed with other values, ids and rows without adapter."""
+    K, N, R, slots = 264, 600, 24, 7
+
+    def draw(*shape):
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    weight, bias = draw(N, K) / 16, draw(N)
+    stack = fastlora.AdapterStack(
+        draw(slots, R, K).requires_grad_(grad), draw(slots, N, R).requires_grad_(grad),
+        torch.rand(slots, device="cuda"),
+        torch.tensor([24, 8, 3, 0, 16, 24, 1], dtype=torch.int32, device="cuda"),
+    )  # fmt: skip
+    x = draw(M, K)
+    routing = fastlora.route(torch.randint(-1, slots, (M,), device="cuda"), slots)
+
+    def call():
+        return fastlora.lora_linear_multi(x, weight, stack, routing, bias=bias)
+
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call()
+        for ids in (torch.randint(-1, slots, (M,)), torch.full((M,), -1), torch.arange(M) % slots):
+            x.copy_(draw(M, K))
+            routing.update_(ids.cuda())
+            graph.replay()
+            assert torch.equal(y, call())
