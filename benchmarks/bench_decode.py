@@ -78,14 +78,13 @@ def calls_of(M: int, live: int, R: int, K: int, N: int) -> dict[str, tuple[str, 
         x.double(), weight.double(), lora_A.double(), lora_B.double(), ids, scaling=2.0
     )
     s = lora_multi_shrink_rows(x, lora_A, factor, None, blocks[:2])
-    product = multi_add.frozen_product(x, weight)
+    y = multi_add.frozen_linear(x, weight)
 
     def whole(_: int) -> torch.Tensor:
         return fastlora.lora_linear_multi(x, weight, stack, routing)
 
     calls: dict[str, tuple[str, Call]] = {
         "x W0^T, cuBLAS": ("", lambda _: torch.mm(x, weight.t())),
-        "x W0^T in fp32, cuBLAS": ("", lambda _: multi_add.frozen_product(x, weight)),
         "s, blocks": (
             "",
             lambda _: lora_multi_shrink(x, lora_A, factor, None, blocks, MULTI_BLOCK_M, parts=8),
@@ -93,7 +92,7 @@ def calls_of(M: int, live: int, R: int, K: int, N: int) -> dict[str, tuple[str, 
         "s, rows": ("", lambda _: lora_multi_shrink_rows(x, lora_A, factor, None, blocks[:2])),
         "updates added": (
             "",
-            lambda _: multi_add.lora_multi_add(product, s, lora_B, None, blocks[:2], DTYPE),
+            lambda _: multi_add.lora_multi_add(y, s, lora_B, None, blocks[:2]),
         ),
     }
     ways = ["", "rows", "blocks", "in order", *(["one launch"] if M <= 16 else [])]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.autograd import factor_on, refuse_graph_of_backward, waited_for
+from fastlora.autograd import BackwardFunction, KernelFunction, factor_on, waited_for
 from fastlora.kernels.config import dropout_threshold
 from fastlora.kernels.lora_forward_sliced import Slices, lora_forward_sliced
 from fastlora.kernels.lora_grad_a import lora_grad_a
@@ -60,7 +60,7 @@ def fused_backward(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Take dy ``[M, N]`` and what `keep` saved; give dx, dA and dB where they are needed.
+    """Take dy ``[M, N]`` and what `setup_context` saved; give dx, dA and dB where they are needed.
 
     ds and dB are made slice by slice, then dx and dA of all of them at once. x may be ``None`` where dA is
     not needed, and s where dB is not.
@@ -88,17 +88,19 @@ def fused_backward(
     return dx, da, db
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     """Keep what the needed gradients need: x, s ``[G, M, R]``, the parameters and the mask's bits."""
     x, weight, bias, lora_A, lora_B, _, scaling_tensor, scaling, dropout_p, slices = inputs
     _, s, mask = output
     need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
     keep_mask = (need_x or need_a) and dropout_threshold(dropout_p) > 0
+    ctx.mark_non_differentiable(s, *(() if mask is None else (mask,)))
+    ctx.set_materialize_grads(False)  # no zeros for s and the mask
     ctx.save_for_backward(
         x if need_w or need_a else None, weight, lora_A, lora_B,
         s if need_b else None, mask if keep_mask else None, scaling_tensor,
     )  # fmt: skip
-    ctx.settings = scaling, dropout_p, slices
+    ctx.scaling, ctx.dropout_p, ctx.slices = scaling, dropout_p, slices
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -107,12 +109,12 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Take dy ``[M, N]``; give dx, dW, dbias, dA and dB where they are needed, each in its own dtype.
 
-    ``backward`` takes the arguments of `fused_backward`.
+    ``backward`` is `fused_backward`, or a form of it that autograd or torch.compile sees as one op.
     """
     x, weight, lora_A, lora_B, s, mask, scaling_tensor = ctx.saved_tensors
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     dx, da, db = backward(
-        dy, x, weight, lora_A, lora_B, s, mask, scaling_tensor, *ctx.settings,
+        dy, x, weight, lora_A, lora_B, s, mask, scaling_tensor, ctx.scaling, ctx.dropout_p, ctx.slices,
         need_x, need_a, need_b,
     )  # fmt: skip
     dw = dy.t() @ x if need_w else None
@@ -120,18 +122,24 @@ def gradients(
     return dx, dw, dbias, da, db
 
 
-class LoRAMergedLinearFunction(torch.autograd.Function):
-    """``y = x W0^T + bias``, plus ``scaling * dropout(x) A_g^T B_g^T`` on slice g, fused."""
+class _LoRAMergedLinearBackward(BackwardFunction):
+    """Where a graph of the backward of the merged linear is recorded."""
+
+    forward = staticmethod(fused_backward)
+
+
+class LoRAMergedLinearFunction(KernelFunction):
+    """``y = x W0^T + bias``, plus ``scaling * dropout(x) A_g^T B_g^T`` on slice g, s and mask beside it."""
+
+    NUMBER = 7
+
+    forward = staticmethod(fused_forward)
+    setup_context = staticmethod(setup_context)
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        """Take the arguments of `fused_forward`; give y ``[M, N]``."""
-        output = fused_forward(*inputs)
-        keep(ctx, inputs, output)
-        return output[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
-        refuse_graph_of_backward()
-        return (*gradients(ctx, waited_for(dy), fused_backward), *[None] * 5)
+        if dy is None:
+            return (None,) * 10
+        dy = waited_for(dy)
+        return (*gradients(ctx, dy, _LoRAMergedLinearBackward.run), *[None] * 5)

@@ -25,7 +25,7 @@ from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig, dropout_threshold, keep_scale
 from fastlora.kernels.config_multi import MULTI_BLOCK_M, multi_reads_rows, multi_shrink_parts
 from fastlora.kernels.launch import Aside
-from fastlora.kernels.multi_add import frozen_product, lora_multi_add, lora_multi_update
+from fastlora.kernels.multi_add import frozen_linear, lora_multi_add
 from fastlora.kernels.multi_decode import lora_multi_decode
 from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
@@ -64,21 +64,17 @@ def _product(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     aside: Aside | None = None,
-    update: Tensor | None = None,
 ) -> Tensor:
-    """``x W^T + bias + mask * (s B[l]^T)``; few rows have no mask.
+    """``x W^T + bias + mask * (s B[l]^T)``; few rows have no mask. ``aside`` is where s is being made.
 
-    s is ``[parts, M, R]``; only few rows have more than one part. ``aside`` is where it is being made, and
-    ``update``, ``s B[l]^T + bias``, where there is one.
+    s is ``[parts, M, R]``; only few rows have more than one part.
     """
     kind, c = tiles
     if c is None:
-        product = frozen_product(x, weight)
+        y = frozen_linear(x, weight, bias)
         if aside is not None:
             aside.join()
-        if update is not None:
-            return torch.add(product, update, out=x.new_empty(product.shape))
-        return lora_multi_add(product, s, lora_B, ranks, _rows(routing), x.dtype, bias)
+        return lora_multi_add(y, s, lora_B, ranks, _rows(routing))
     if kind == "decode":
         return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, c, bias)
     slots = (routing.ids, routing.tile_slots(c.BLOCK_M))
@@ -107,7 +103,7 @@ def fused_forward(
     _tables(routing, tiles)
     in_parts = tiles[0] in FEW and not need_s  # backward wants s as one tensor
     aside = Aside(x.device) if tiles[0] == "add" else None
-    mask = update = None
+    mask = None
     with aside or contextlib.nullcontext():
         if in_parts and dropout_threshold(dropout_p) == 0 and multi_reads_rows(x.shape[0]):
             s = lora_multi_shrink_rows(x, lora_A, scaling, ranks, _rows(routing))
@@ -118,11 +114,7 @@ def fused_forward(
                 parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
                 early=tiles[0] == "decode",
             )  # fmt: skip
-        if (
-            aside is not None and aside.runs_beside
-        ):  # all that waits for nothing but x, beside cuBLAS
-            update = lora_multi_update(s, lora_B, ranks, _rows(routing), bias)
-    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias, aside=aside, update=update)
+    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias, aside=aside)
     return y, s[0] if need_s else None, mask
 
 

@@ -100,7 +100,7 @@ def lora_merged_linear(
     if compiling:
         y, _, _ = ops_merged.lora_merged_linear(*arguments, list(itertools.chain(*slices)))
     else:
-        y = LoRAMergedLinearFunction.apply(*arguments, slices)  # type: ignore[no-untyped-call]
+        y, _, _ = LoRAMergedLinearFunction.apply(*arguments, slices)
     return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora.autograd import no_double_backward
-from fastlora.autograd_merged import fused_backward, fused_forward, gradients, keep
+from fastlora.autograd_merged import fused_backward, fused_forward, gradients, setup_context
 from fastlora.ops import fake_gradients, fake_mask, needed, or_empty
 
 
@@ -78,15 +78,9 @@ def _backward_op(*args: Any) -> tuple[Tensor | None, ...]:
     return needed(lora_merged_linear_backward(*args), args[-3:])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for s and the mask
-    keep(ctx, inputs, output)
-
-
 def _gradients(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return (*gradients(ctx, dy, _backward_op), *[None] * 5)
 
 
-lora_merged_linear.register_autograd(_gradients, setup_context=_setup_context)
+lora_merged_linear.register_autograd(_gradients, setup_context=setup_context)
 lora_merged_linear_backward.register_autograd(no_double_backward)

@@ -72,25 +72,19 @@ def multi_gathers(M: int, K: int, R: int) -> bool:
     return M <= 256 and M * R <= 4 * K
 
 
-def multi_decode_config(
-    M: int, N: int, itemsize: int, num_sms: int, keeps_fp32: bool = True
-) -> LaunchConfig | None:
+def multi_decode_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchConfig | None:
     """Tiles of `lora_multi_decode`, one launch for the product and the update, or ``None`` for two.
 
     16 rows, 4096 -> 4096, 16 adapters, rank 16: 11.7 us with the kernel that makes s, 12.3 with tiles half
     as deep, of which several crowd onto an SM (cuBLAS alone: 9.1). With 64 rows the gather is not hidden:
-    24 us at best, so that cuBLAS makes the product where torch can have it in fp32.
+    24 us at best, 22.5 with W by TMA, where cuBLAS and two kernels take 19.4 (an H200).
     """
-    depth, wide = 256 // itemsize, cdiv(N, 64) >= num_sms
-    if M <= 16:
-        return LaunchConfig(
-            16, 64 if wide else 32, depth if wide else 2 * depth, num_warps=4, num_stages=5
-        )
-    if keeps_fp32:
+    if M > 16:
         return None
-    if M <= 32:
-        return LaunchConfig(32, 64 if wide else 32, depth, num_warps=4, num_stages=4)
-    return LaunchConfig(64, 64 if wide else 32, depth, num_warps=8, num_stages=4)
+    depth, wide = 256 // itemsize, cdiv(N, 64) >= num_sms
+    return LaunchConfig(
+        16, 64 if wide else 32, depth if wide else 2 * depth, num_warps=4, num_stages=5
+    )
 
 
 def rows_ranks(R: int, tile: int, num_warps: int, itemsize: int) -> int:

@@ -124,11 +124,14 @@ class Launch:
         boxes (tuple[tuple[int, ...], ...]): the blocks of the first arguments, where these are descriptors
             to the kernel: their tensors must fit TMA, and the plan's key fixes shapes and strides. Default:
             ``()``.
+        constants (tuple[Tensor, ...]): the last of its leading arguments, the same at every call. Default:
+            ``()``.
         **options: its constexpr parameters, and launch options.
     """
 
     __slots__ = (
-        "_boxes", "_device", "_fixed", "_found", "_grid", "_kernel", "_options", "_ready", "_sizes"
+        "_boxes", "_device", "_fixed", "_found", "_grid", "_kernel", "_options", "_ready", "_sizes",
+        "constants",
     )  # fmt: skip
 
     def __init__(
@@ -139,16 +142,23 @@ class Launch:
         *sizes: int,
         fixed: bool = False,
         boxes: tuple[tuple[int, ...], ...] = (),
+        constants: tuple[Tensor, ...] = (),
         **options: Any,
     ) -> None:
         """Prepare what calls have in common."""
+        self.constants = constants
         self._kernel, self._device, self._sizes, self._options = kernel, device, sizes, options
         self._grid, self._boxes, self._fixed = (*grid, 1, 1)[:3], boxes, fixed
         self._ready: DirectLaunch | None = None
         self._found: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def __call__(self, *args: Any) -> None:
-        """Launch on the current stream of the device: ``kernel[grid](*args, *sizes, **options)``."""
+        """Launch on the device's current stream: ``kernel[grid](*args, *constants, *sizes, **options)``."""
+        if self.constants:
+            args += self.constants
+        self._launch(args)
+
+    def _launch(self, args: tuple[Any, ...]) -> None:
         if recording.tape is not None:
             recording.tape.launch(self, args)
             return
@@ -159,7 +169,7 @@ class Launch:
             return
         if device.index != current_device():
             with torch.cuda.device(device):
-                self(*args)
+                self._launch(args)
             return
         ready = self._ready
         if ready is not None and not profiled():  # noqa: SIM102
@@ -214,7 +224,7 @@ class Launch:
         )  # fmt: skip
         if everything in _compiled and not profiled():
             self._remember(signature, _compiled[everything], names, len(args))
-            self(*args)
+            self._launch(args)
             return
         made = self._run_anew(args)
         if names is not None:
@@ -265,11 +275,6 @@ class Aside:
         captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._current: Any = torch.cuda.current_stream(device) if captured else None
         self._side: Any = _side_stream(device) if captured else None
-
-    @property
-    def runs_beside(self) -> bool:
-        """Whether the block is a branch of a graph."""
-        return self._side is not None
 
     def __enter__(self) -> None:
         """Fork."""

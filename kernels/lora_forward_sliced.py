@@ -153,8 +153,8 @@ def _plan(
     has_bias: bool,
     is_aligned: bool,
     precision: str,
-) -> tuple[bool, bool, Tensor, Launch]:
-    """Whether by TMA, whether that can describe lora_B as it is, the table of slices, and the launch."""
+) -> tuple[bool, bool, Launch]:
+    """Whether by TMA, whether that can describe lora_B as it is, and the launch with the table of slices."""
     (M, K), N, (b_rows, R), itemsize = shape, w_shape[0], b_shape, dtype.itemsize
     major, num_sms = device_properties(device)
     options: dict[str, Any] = {"HAS_BIAS": has_bias, "PRECISION": precision}
@@ -166,20 +166,20 @@ def _plan(
             described = b_dtype == dtype and rows_fit_tma(b_shape, b_stride, itemsize)
             pdl = has_pdl(device)
             tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
-            return True, described, table, Launch(
+            return True, described, Launch(
                 _lora_forward_sliced_tma_kernel, (min(num_sms, tiles),), device, M, N, K, R,
                 boxes=gemm_boxes(c, rank_product=True),
                 BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
                 SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
-                PDL=pdl, launch_pdl=pdl, **options,
+                PDL=pdl, launch_pdl=pdl, constants=(table,), **options,
             )  # fmt: skip
     c, block_r = gemm_pointer_config(itemsize, precision), rank_step(R, itemsize)
-    return False, True, _columns_of_slices(slices, device), Launch(
+    return False, True, Launch(
         _lora_forward_sliced_pointer_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
         M, N, K, R, len(slices), b_rows, *strides(shape, stride), *strides(w_shape, w_stride),
         M * R, R, *strides(b_shape, b_stride),
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
-        R_STEPS=cdiv(R, block_r), BLOCK_R=block_r,
+        R_STEPS=cdiv(R, block_r), BLOCK_R=block_r, constants=(_columns_of_slices(slices, device),),
         num_warps=c.num_warps, num_stages=c.num_stages, **options,
     )  # fmt: skip
 
@@ -207,7 +207,7 @@ def lora_forward_sliced(
         Tensor: ``[M, N]``.
     """
     (M, K), N = x.shape, weight.shape[0]
-    by_tma, described, table, launch = _plan(
+    by_tma, described, launch = _plan(
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), lora_B.shape, lora_B.stride(),
         lora_B.dtype, tuple(slices), x.device, bias is not None, aligned(x, weight),
         dot_precision(x.dtype, K),
@@ -216,7 +216,7 @@ def lora_forward_sliced(
         return lora_forward_sliced(x, weight, s, for_tma(lora_B, x.dtype), slices, bias)
     y = x.new_empty((M, N))
     if by_tma:
-        launch(x, weight, for_tma(s.flatten(0, 1), x.dtype), lora_B, y, bias, table)
+        launch(x, weight, for_tma(s.flatten(0, 1), x.dtype), lora_B, y, bias)
     else:
-        launch(x, weight, y, s, lora_B, bias, table)
+        launch(x, weight, y, s, lora_B, bias)
     return y

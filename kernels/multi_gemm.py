@@ -33,7 +33,6 @@ from .config import LaunchConfig, cdiv, gemm_boxes, gemm_pointer_config, next_po
 from .config_multi import multi_decode_config, multi_gathers, multi_gemm_tma_config, slots_at_once
 from .dropout import load_keep
 from .launch import Launch, cached_plan
-from .multi_add import can_keep_fp32
 from .multi_gemm_ring import lora_multi_gemm_ring
 from .multi_slots import add_slot_products
 
@@ -156,7 +155,7 @@ def _tiles(
     (M, _), (N, K), itemsize = shape, w_shape, dtype.itemsize
     major, num_sms = device_properties(device)
     if not masked and precision == "tf32" and multi_gathers(M, K, R):
-        decode = multi_decode_config(M, N, itemsize, num_sms, itemsize > 2 or can_keep_fp32())
+        decode = multi_decode_config(M, N, itemsize, num_sms)
         return ("decode", decode) if decode is not None else ("add", None)
     dense = rows_fit_tma(w_shape, w_stride, itemsize) or rows_fit_tma(
         (K, N), w_stride[::-1], itemsize

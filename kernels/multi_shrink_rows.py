@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .common import (
     empty_rows,
-    has_pdl,
-    let_next_kernel_start,
     padded_columns,
     rank_of,
     strides,
@@ -24,14 +22,13 @@ from .launch import Launch, cached_plan
 def _lora_multi_shrink_rows_kernel(
     x_ptr, a_ptr, s_ptr, order_ptr, sorted_ids_ptr, scaling_ptr, ranks_ptr, M, K, R, split_k,
     stride_xm, stride_xk, stride_al, stride_ar, stride_ak, stride_sp, stride_sm,
-    PDL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``s[p, m, r] = scaling[l] * sum_k x[m, k] A[l, r, k]`` over the p-th part of K, l the row's adapter.
 
     Grid: ``(rows, blocks of ranks, parts of K)``. Without tensor cores: the work is that of reading A, once
     a row. A does not stay in L2, where it would take the place of W; rows of one adapter come together.
     """
-    let_next_kernel_start(PDL)
     m = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
     slot = tl.load(sorted_ids_ptr + tl.program_id(0)).to(tl.int64)
     if slot >= 0:
@@ -80,7 +77,7 @@ def _plan(
     return parts, Launch(
         _lora_multi_shrink_rows_kernel, (M, cdiv(R, block_r), parts), device,
         M, K, R, split_k, *strides(shape, stride), *strides(a_shape, a_stride), M * stride_sm, stride_sm,
-        fixed=True, PDL=has_pdl(device), BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4,
+        fixed=True, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4,
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
@@ -159,11 +158,11 @@ struct Launch {
   }
 };
 
-enum class Kind { Empty, View, Copy, Addmm, Mm, Zero, Randint, Sort, Launch };
+enum class Kind { Empty, View, Copy, Addmm, Mm, Linear, Zero, Randint, Sort, Launch };
 
 struct Step {
   Kind kind;
-  size_t to = 0, a = 0, b = 0;
+  size_t to = 0, a = 0, b = 0, c = 0;
   std::vector<int64_t> sizes, strides;
   int64_t offset = 0;
   at::ScalarType dtype = at::kFloat;
@@ -184,12 +183,12 @@ struct Step {
       case Kind::Addmm:
         values[to].addmm_(values[a], values[b]);
         return;
-      case Kind::Mm: {  // torch has it since 2.8 alone
-        using Mm = Tensor(const Tensor&, const Tensor&, at::ScalarType);
-        static const auto mm = c10::Dispatcher::singleton().findSchemaOrThrow("aten::mm", "dtype").typed<Mm>();
-        values[to] = mm.call(values[a], values[b], dtype);
+      case Kind::Mm:
+        values[to] = at::mm(values[a], values[b]);
         return;
-      }
+      case Kind::Linear:
+        values[to] = at::addmm(values[c], values[a], values[b]);
+        return;
       case Kind::Zero:
         values[to].zero_();
         return;
@@ -262,7 +261,8 @@ Step make_step(const py::tuple& t) {
             .offset = t[5].cast<int64_t>()};
   if (name == "copy") return {.kind = Kind::Copy, .to = value(1), .a = value(2)};
   if (name == "addmm") return {.kind = Kind::Addmm, .to = value(1), .a = value(2), .b = value(3)};
-  if (name == "mm") return {.kind = Kind::Mm, .to = value(1), .a = value(2), .b = value(3), .dtype = dtype(4)};
+  if (name == "mm" && t.size() == 4) return {.kind = Kind::Mm, .to = value(1), .a = value(2), .b = value(3)};
+  if (name == "mm") return {.kind = Kind::Linear, .to = value(1), .a = value(3), .b = value(4), .c = value(2)};
   if (name == "zero") return {.kind = Kind::Zero, .to = value(1)};
   if (name == "randint") return {.kind = Kind::Randint, .to = value(1), .offset = t[2].cast<int64_t>()};
   if (name == "sort") return {.kind = Kind::Sort, .to = value(1), .a = value(3), .b = value(2)};

@@ -25,11 +25,11 @@ _EMPTY = {
 _VIEWS = {
     _aten.alias.default, _aten.as_strided.default, _aten.detach.default, _aten.expand.default,
     _aten.select.int, _aten.slice.Tensor, _aten.split.Tensor, _aten.split_with_sizes.default,
-    _aten.t.default, _aten.transpose.int, _aten.unsqueeze.default, _aten.view.default,
+    _aten.t.default, _aten.transpose.int, _aten.unbind.int, _aten.unsqueeze.default, _aten.view.default,
     _aten._unsafe_view.default,
 }  # fmt: skip
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
 _COPIES = {_aten._to_copy.default, _aten.clone.default}
-_MM_WITH_DTYPE = getattr(_aten.mm, "dtype", None)  # since torch 2.8
 _TICKETS = 1 << 62  # above every number that an argument could be
 
 
@@ -116,7 +116,9 @@ class Recorder(TorchDispatchMode):
             operands.append((*place, dtype, swizzle, sizes, strides, [*reversed(box)]))
         for position, offset, kind in packed.scalars:
             argument = args[position]
-            if kind == "Q":
+            if any(argument is constant for constant in launch.constants):
+                struct.pack_into("<Q", parameters, offset, argument.data_ptr())
+            elif kind == "Q":
                 pointers.append((*self._place(argument), offset))
             elif kind == "f" and argument in self._numbers:
                 numbers.append((offset, kind, self._numbers[argument]))
@@ -124,7 +126,7 @@ class Recorder(TorchDispatchMode):
                 numbers.append((offset, kind, _TICKETS - 1 - argument))
             else:
                 struct.pack_into(f"<{kind}", parameters, offset, argument)
-        self._held.append(direct)
+        self._held += direct, launch
         self._steps.append(
             ("launch", packed.function, packed.grid, packed.threads, packed.shared, packed.early,
              bytes(parameters), packed.offsets, pointers, operands, numbers)
@@ -196,13 +198,12 @@ class Recorder(TorchDispatchMode):
         if func is _aten.zero_.default:
             self._steps.append(("zero", self.value(args[0])))
             return args[0]
-        if func is _MM_WITH_DTYPE:
-            a, b, dtype = args
-            shape = a.shape[0], b.shape[1]
-            made = torch.empty(shape, dtype=dtype, device=a.device)
-            operands = self.value(a), self.value(b)
+        if func in _PRODUCTS and not kwargs:
+            operands = [self.value(t) for t in args]
+            *_, a, b = args
+            made = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
             self._add(made)
-            self._steps.append(("mm", self.value(made), *operands, dtype))
+            self._steps.append(("mm", self.value(made), *operands))
             return made
         if func is _aten.addmm_.default and not kwargs:
             to, a, b = (self.value(t) for t in args)

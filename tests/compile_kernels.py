@@ -205,10 +205,8 @@ def multi_launches(
         few = plan[0] in ("decode", "add")
         s = new((4, M, R) if few else (M, R), dtype=torch.float32 if few else dtype)
         if plan[1] is None:
-            y = new(x.shape[0], weight.shape[0])
-            add = modules["multi_add"]
-            add.lora_multi_add(y, s, right, ranks, rows[:2], dtype, **options)
-            add.lora_multi_update(s, right, ranks, rows[:2], **options)
+            y = new((x.shape[0], weight.shape[0]), dtype=dtype)
+            modules["multi_add"].lora_multi_add(y, s, right, ranks, rows[:2])
             return
         if plan[0] == "decode":
             modules["multi_decode"].lora_multi_decode(

@@ -43,7 +43,7 @@ from fastlora.kernels.lora_merge import lora_merge
 from fastlora.kernels.lora_merge_many import lora_merge_many
 from fastlora.kernels.lora_one_pass import lora_one_pass
 from fastlora.kernels.lora_shrink import lora_shrink
-from fastlora.kernels.multi_add import lora_multi_add, lora_multi_update
+from fastlora.kernels.multi_add import lora_multi_add
 from fastlora.kernels.multi_decode import lora_multi_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,10 +159,8 @@ def calls(
                 s = draw(2, rows, R, dtype=torch.float32)
                 routing = fastlora.route(ids[:rows], 3)
                 lora_multi_decode(few[:rows], wide, s, stack[1], None, routing.ids, c, bias)
-                product = draw(rows, N, dtype=torch.float32)
-                rows_of = (routing.order, routing.sorted_ids)
-                lora_multi_add(product, s, stack[1], None, rows_of, dtype, bias)
-                lora_multi_update(s, stack[1], None, rows_of, bias)
+                y = draw(rows, N, dtype=dtype)
+                lora_multi_add(y, s, stack[1], None, (routing.order, routing.sorted_ids))
 
     def merged() -> None:
         step(

@@ -383,10 +383,8 @@ def test_python_runs_what_is_captured(driver: Any) -> None:
 
 def test_bad_arguments_are_refused_as_ever(driver: Any) -> None:
     layer = Layer(dropout_p=0.3).learn()
-    for name, value in (
-        ("scaling", "2"), ("dropout_p", 1.5), ("dropout_p", None), ("seed", torch.tensor(1.0)),
-        ("bias", 3), ("scaling", torch.ones(2)),
-    ):  # fmt: skip
+    wrong = (("scaling", "2"), ("scaling", torch.ones(2)), ("dropout_p", 1.5), ("dropout_p", None))
+    for name, value in (*wrong, ("seed", torch.tensor(1.0)), ("bias", 3)):
         options = {"bias": None, **layer.options, name: value}
         for _ in range(4):
             with pytest.raises((TypeError, ValueError), match=name):
@@ -398,15 +396,17 @@ def test_bad_arguments_are_refused_as_ever(driver: Any) -> None:
             fastlora.lora_linear(None, layer.weight, layer.lora_A, layer.lora_B)  # type: ignore[arg-type]
 
 
-def test_a_weight_that_learns_is_python_s(driver: Any) -> None:
-    layer = Layer(dtype=F32)
-    layer.weight.requires_grad_(True)
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_weight_that_learns_is_replayed_and_a_bias_is_python_s(driver: Any, name: str) -> None:
+    layer = Layer(dtype=F32, bias=True)
+    learns = getattr(layer, name).requires_grad_(True)
     for _ in range(4):
         y = layer.forward()
-        (dw,) = torch.autograd.grad(y, layer.weight, layer.dy)
-        assert not is_replayed(y)
-    torch.testing.assert_close(dw, layer.dy.t() @ layer.x)
-    assert len(replay.refusals) == 1
+        (grad,) = torch.autograd.grad(y, learns, layer.dy)
+    assert is_replayed(y) == (name == "weight")
+    assert len(replay.refusals) == (name == "bias")
+    expected = layer.dy.t() @ layer.x if name == "weight" else layer.dy.sum(0)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_parameters_that_share_memory_are_replayed(driver: Any) -> None:

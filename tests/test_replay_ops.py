@@ -1,4 +1,4 @@
-"""Calls of DoRA, groups, embeddings and many adapters that `replay.cpp` makes, bit for bit Python's."""
+"""Calls of DoRA, groups, slices, embeddings and many adapters that `replay.cpp` makes, bit for bit."""
 
 from __future__ import annotations
 
@@ -62,10 +62,21 @@ def embedding(dtype: torch.dtype, bias: bool, scaling: float) -> tuple[Any, list
     ], wanted
 
 
+def merged(dtype: torch.dtype, bias: bool, scaling: float) -> tuple[Any, list[Tensor]]:
+    shapes = ((2, 35, 64), (48, 64), (16, 64), (32, 8))
+    x, weight, a, b = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+    offset = torch.randn(48, device=DEVICE).to(dtype) if bias else None
+    wanted = [t.requires_grad_() for t in (x, a, b)]
+    slices = {"widths": (24, 16, 8), "enable_lora": (True, False, True)}
+    return lambda: [
+        fastlora.lora_merged_linear(x, weight, a, b, **slices, bias=offset, scaling=scaling)
+    ], wanted
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("op", [dora, group, embedding])
+@pytest.mark.parametrize("op", [dora, group, embedding, merged])
 def test_other_ops_are_python_s_bit_for_bit(
     driver: Any, op: Any, dtype: torch.dtype, bias: bool, grad: bool
 ) -> None:
@@ -92,7 +103,7 @@ def test_other_ops_are_python_s_bit_for_bit(
 
 @pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("ranks", [True, False])
-@pytest.mark.parametrize(("rows", "dtype"), [(3, BF16), (20, F32), (150, BF16)])
+@pytest.mark.parametrize(("rows", "dtype"), [(3, BF16), (20, BF16), (20, F32), (150, BF16)])
 def test_many_adapters_without_gradients(
     driver: Any,
     rows: int,
@@ -106,7 +117,8 @@ def test_many_adapters_without_gradients(
     def made(*shape: int) -> Tensor:
         return torch.randn(*shape, device=DEVICE).to(dtype)
 
-    lora_A, lora_B, weight, bias = made(L, R, K), made(L, N, R), made(N, K), made(N)
+    lora_A, lora_B, weight = made(L, R, K), made(L, N, R), made(N, K)
+    bias = made(N) if ranks else None
     each = torch.tensor([8, 3, 0, 1, 8], dtype=torch.int32, device=DEVICE) if ranks else None
     stack = fastlora.AdapterStack(lora_A, lora_B, torch.rand(L, device=DEVICE) + 1, each)
     results = []
