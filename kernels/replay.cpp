@@ -207,6 +207,7 @@ bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::D
 
 // The outputs of a call that was recorded; None: Python has to run it; a bytes object: it, and then record.
 py::object replay(int64_t function, const py::tuple& arguments, int64_t live, uintptr_t stream, bool learn) {
+  HANDLE_TH_ERRORS  // that being out of memory, say, is the exception of torch's own calls
   const bool with_grad = at::GradMode::is_enabled();
   if (observed()) return py::none();
   std::string key;
@@ -262,6 +263,7 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
   for (size_t i = 0; i < program.outputs.size(); i++)
     result[i] = program.outputs[i] < 0 ? py::object(py::none()) : py::cast(outputs[next++]);
   return result;
+  END_HANDLE_TH_ERRORS_PYBIND
 }
 
 void keep(const std::string& key, const py::dict& made) {

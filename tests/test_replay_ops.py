@@ -187,3 +187,57 @@ def test_threads_that_never_used_the_gpu(driver: Any, learned: bool, grad: bool)
             for job in [pool.submit(step) for _ in range(24)]:
                 assert_identical(job.result(), expected)
     assert native.module.programs() >= 1, replay.refusals
+
+
+def linear_step(device: Any, rows: int = 40) -> Any:
+    """A forward and backward of one layer on ``device``."""
+    x, weight, lora_A, lora_B, dy = (
+        torch.randn(shape, device=device).to(BF16)
+        for shape in ((rows, 64), (48, 64), (8, 64), (48, 8), (rows, 48))
+    )
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+
+    def step() -> list[Tensor]:
+        y = fastlora.lora_linear(x, weight, lora_A, lora_B)
+        assert y.device == x.device
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    return step
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_out_of_memory_is_torch_s_own_error(driver: Any) -> None:
+    step = linear_step(DEVICE, rows=2**20)
+    expected = [t.detach() for t in step()]
+    for _ in range(3):
+        step()
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_allocated() / torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(limit)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            step()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    found = step()
+    assert is_replayed(found[0])
+    assert_identical([t.detach() for t in found], expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_gpu_has_its_own_programs(driver: Any) -> None:
+    """Python makes the calls on a GPU that is not the current one."""
+    for index in (0, 1):
+        step = linear_step(torch.device("cuda", index))
+        expected = [t.detach() for t in step()]
+        with torch.cuda.device(index):
+            for _ in range(3):
+                step()
+            assert native.module.programs() == index + 1, replay.refusals
+            replayed = step()
+        assert is_replayed(replayed[0])
+        with torch.cuda.device(1 - index):
+            by_hand = step()
+        assert not is_replayed(by_hand[0])
+        for found in (replayed, by_hand):
+            assert_identical([t.detach() for t in found], expected)
