@@ -9,6 +9,7 @@ between the ``<!-- tables NAME -->`` and ``<!-- end -->`` lines of the pages tha
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import re
@@ -239,11 +240,11 @@ def mixed_training(results: Results) -> str:
     return serve_rows(results, serve_cases("mixed-training"), GRAPH, STEP)
 
 
-def model(results: Results) -> str:
-    """Tokens a second and peak GiB of whole models."""
+def model(results: Results, kind: str) -> str:
+    """Tokens a second and peak GiB of whole models: training, generating, or of one decoder layer."""
     providers = {FLOOR: "frozen floor", **providers_of(results, "model")}
     rows = []
-    for case in (c for c in suites()["model"] if isinstance(c, ModelCase)):
+    for case in (c for c in suites()["model"] if isinstance(c, ModelCase) and c.kind == kind):
         for mode in ("step", "generate", "forward"):
             row = [f"{case.title}; {MODE_LABELS[mode]}"]
             for name in providers:
@@ -344,7 +345,11 @@ SUITE_TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
     "serve": {"serve": serve, "serve-graph": serve_graph, "serve-eager": serve_eager,
               "mixed-training": mixed_training,
               "serve-worst": worst, "serve-run": machine},
-    "model": {"model": model, "model-run": machine},
+    "model": {
+        "model": functools.partial(model, kind="finetune"), "model-run": machine,
+        "decoder-layer": functools.partial(model, kind="layer"),
+        "generation": functools.partial(model, kind="generate"),
+    },
 }  # fmt: skip
 OTHER_TABLES: dict[str, Callable[[Any], str]] = {
     "kernels": kernels, "overlap": overlap, "layers": layers,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import struct
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,18 +152,22 @@ def test_one_pass_is_replayed(driver: Any, monkeypatch: pytest.MonkeyPatch, p: f
 
 def test_a_tape_says_what_tma_must_know_of_an_operand() -> None:
     """What a GPU alone runs: a map is 128 bytes, then shape and strides; pointers come after it."""
+    table = torch.empty(3)
 
     class Prepared:
+        constants = (table,)
+
         def prepared(self, args: tuple[Any, ...]) -> Prepared:
             return self
 
         def packed(self) -> Packed:
             maps, scalars = [(0, 0, 3, (64, 32))], [(1, 152, "Q"), (2, 160, "f"), (3, 164, "i")]
-            return Packed(99, (7, 1, 1), 128, 512, True, bytes(168), [0, 128, 152], scalars, maps)
+            scalars.append((4, 168, "Q"))
+            return Packed(99, (7, 1, 1), 128, 512, True, bytes(176), [0, 128, 152], scalars, maps)
 
     rows, y = torch.empty(5, 24, dtype=BF16), torch.empty(4, 6)
     with Recorder([rows, y], [2.5]) as recorder:
-        recorder.launch(Prepared(), (rows[1:, 8:17], y[2:], 2.5, 11))  # type: ignore[arg-type]
+        recorder.launch(Prepared(), (rows[1:, 8:17], y[2:], 2.5, 11, table))  # type: ignore[arg-type]
     size, tickets, ((kind, function, grid, *launch, numbers),) = recorder.tape()
     assert (size, tickets, kind, function, grid) == (2, 0, "launch", 99, (7, 1, 1))
     threads, shared, early, parameters, offsets, pointers, operands = launch
@@ -175,7 +177,7 @@ def test_a_tape_says_what_tma_must_know_of_an_operand() -> None:
     assert parameters[128:152] == struct.pack("<2i2q", 4, 9, 24, 1)
     assert pointers == [(1, 2 * 6 * 4, 152)]
     assert numbers == [(160, "f", 0)]
-    assert parameters[164:168] == struct.pack("<i", 11)
+    assert parameters[164:] == struct.pack("<iQ", 11, table.data_ptr())
 
 
 def test_tickets_of_python_are_even() -> None:
@@ -446,55 +448,3 @@ def test_a_failing_launch_is_an_error(driver: Any) -> None:
     driver.error = 700
     with pytest.raises(RuntimeError, match="launching a kernel failed: CUDA error 700"):
         layer.forward()
-
-
-def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.VARIABLE, "0")
-    monkeypatch.setattr(native, "_thread", None)
-    monkeypatch.setattr(native, "module", None)
-    monkeypatch.setattr(native, "problem", "")
-    assert native.wait() == f"{native.VARIABLE} is 0"
-    assert native.module is None
-
-
-def test_without_a_compiler_there_is_a_reason(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv(native.VARIABLE, raising=False)
-    monkeypatch.setattr(native, "_thread", None)
-    monkeypatch.setattr(native, "module", None)
-    monkeypatch.setattr(native, "problem", "")
-    monkeypatch.setenv("CXX", "false")
-    assert "false failed" in native.wait()
-    assert native.module is None
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_a_compiler_outlives_the_process_that_began(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_python: Any
-) -> None:
-    """A script that ends before it still leaves the file to the next one; whole, and once."""
-    slow = tmp_path / "slow"
-    slow.write_text('#!/bin/sh\nsleep 2\nfor to; do :; done\necho done > "$to"\n')
-    slow.chmod(0o755)
-    cache = tmp_path / "cache"
-    env = {"CXX": f"{slow} -v", "FASTLORA_CACHE_DIR": str(cache)}
-    code = """
-import threading, time
-from fastlora.kernels import native
-threading.Thread(target=native.compiled, daemon=True).start()
-time.sleep(0.7)
-"""
-    run_python(code, **env)
-    assert not list(cache.glob("*.so"))
-    for _ in range(100):
-        if list(cache.glob("*.so")):
-            break
-        time.sleep(0.1)
-    (made,) = cache.glob("*.so")
-    assert made.read_text() == "done\n"
-    assert {path.suffix for path in cache.iterdir()} == {".so", ".lock"}
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert native.compiled() == made
