@@ -11,13 +11,16 @@ from launch_ranks import HERE, RANKS, launch
 
 def test_two_processes_equal_one(tmp_path, interpreter_problem):
     # One launch for all: starting the two interpreters costs more than the checks.
-    source = (HERE / "distributed_checks.py").read_text(encoding="utf-8")
+    source = "".join(
+        (HERE / f"distributed_{kind}.py").read_text(encoding="utf-8") for kind in ("data", "tensor")
+    )
     names = re.findall(r"^def (\w+)\(folder\)", source, re.MULTILINE)
+    assert len(names) >= 36
     script = HERE / "distributed_checks.py"
     outputs = launch([script, tmp_path], tmp_path, interpret=not interpreter_problem)
     for output in outputs:
         ran = [line for line in output.splitlines() if line in names]
-        assert sorted(ran) == sorted(names)  # a check that CHECKS forgets would never run
+        assert sorted(ran) == sorted(names)
     if interpreter_problem:
         pytest.skip(f"{interpreter_problem}: all of it passed, but on the eager path")
 
