@@ -183,8 +183,10 @@ bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::D
     key.push_back('f');
     key.append(reinterpret_cast<const char*>(&value), sizeof(value));
   } else if (PyBool_Check(object) || PyLong_CheckExact(object)) {
+    int overflow = 0;
     key.push_back('i');
-    put(key, PyLong_AsLongLong(object));
+    put(key, PyLong_AsLongLongAndOverflow(object, &overflow));
+    if (overflow) return false;
   } else if (PyUnicode_CheckExact(object)) {
     Py_ssize_t length = 0;
     const char* text = PyUnicode_AsUTF8AndSize(object, &length);

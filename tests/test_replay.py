@@ -386,7 +386,7 @@ def test_python_runs_what_is_captured(driver: Any) -> None:
 def test_bad_arguments_are_refused_as_ever(driver: Any) -> None:
     layer = Layer(dropout_p=0.3).learn()
     wrong = (("scaling", "2"), ("scaling", torch.ones(2)), ("dropout_p", 1.5), ("dropout_p", None))
-    for name, value in (*wrong, ("seed", torch.tensor(1.0)), ("bias", 3)):
+    for name, value in (*wrong, ("dropout_p", 10**30), ("seed", torch.tensor(1.0)), ("bias", 3)):
         options = {"bias": None, **layer.options, name: value}
         for _ in range(4):
             with pytest.raises((TypeError, ValueError), match=name):
