@@ -25,9 +25,11 @@ if not HAS_CUDA:
     # Here, before a test file imports the kernels: @triton.jit reads it when it decorates them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A developer's own measured configurations stay out of the tests.
-_CACHE = tempfile.TemporaryDirectory(prefix="fastlora-tests-")
-os.environ["FASTLORA_CACHE_DIR"] = _CACHE.name
+# A developer's own measured configurations stay out of the tests. Workers have the folder of the process
+# that starts them, so that `replay.cpp` is compiled once for all.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="fastlora-tests-")
+    os.environ["FASTLORA_CACHE_DIR"] = _CACHE.name
 
 # No test reaches a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

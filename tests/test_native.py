@@ -40,20 +40,25 @@ def test_a_compiler_outlives_the_process_that_began(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run_python: Any
 ) -> None:
     """A script that ends before it still leaves the file to the next one; whole, and once."""
-    slow = tmp_path / "slow"
-    slow.write_text('#!/bin/sh\nsleep 2\nfor to; do :; done\necho done > "$to"\n')
+    slow, begun, go = (tmp_path / name for name in ("slow", "begun", "go"))
+    slow.write_text(
+        f"#!/bin/sh\ntouch {begun}\nwhile [ ! -e {go} ]; do sleep 0.05; done\n"
+        'for to; do :; done\necho done > "$to"\n'
+    )
     slow.chmod(0o755)
     cache = tmp_path / "cache"
     env = {"CXX": f"{slow} -v", "FASTLORA_CACHE_DIR": str(cache)}
-    code = """
-import threading, time
+    code = f"""
+import os, threading, time
 from fastlora.kernels import native
 threading.Thread(target=native.compiled, daemon=True).start()
-time.sleep(0.7)
+while not os.path.exists({str(begun)!r}):
+    time.sleep(0.05)
 """
     run_python(code, **env)
     assert not list(cache.glob("*.so"))
-    for _ in range(100):
+    go.touch()
+    for _ in range(300):
         if list(cache.glob("*.so")):
             break
         time.sleep(0.1)
