@@ -30,7 +30,7 @@ def multi_shrink_config(itemsize: int, R: int, precision: str, block_m: int) -> 
 MULTI_BLOCK_M = 16
 """Rows of a block of `lora_multi_shrink`: few, so that a batch of many adapters pads few rows."""
 
-MULTI_TILES = (16, 32, 64, 128)
+MULTI_TILES = (64, 128)
 """Each BLOCK_M that the tiles of `lora_multi_gemm` may have."""
 
 

@@ -151,12 +151,16 @@ def _tiles(
     masked: bool,
     is_aligned: bool,
     precision: str,
+    deterministic: bool,
 ) -> tuple[str, LaunchConfig | None]:
     (M, _), (N, K), itemsize = shape, w_shape, dtype.itemsize
     major, num_sms = device_properties(device)
     if not masked and precision == "tf32" and multi_gathers(M, K, R):
         decode = multi_decode_config(M, N, itemsize, num_sms)
-        return ("decode", decode) if decode is not None else ("add", None)
+        if decode is not None:
+            return "decode", decode
+        if not deterministic:  # torch then refuses cuBLAS without a setting of its workspace
+            return "add", None
     dense = rows_fit_tma(w_shape, w_stride, itemsize) or rows_fit_tma(
         (K, N), w_stride[::-1], itemsize
     )
@@ -185,6 +189,7 @@ def multi_gemm_tiles(
     return _tiles(
         x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), x.device, R, masked,
         aligned(x, weight), dot_precision(x.dtype, x.shape[1]),
+        torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from fastlora.bench.results import OOM, Result, Results, Store, case_record, loa
 from fastlora.bench.shapes import MODELS
 from fastlora.bench.stats import mann_whitney, spread
 from fastlora.bench.workloads import schedules_of
+from fastlora.kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,6 +56,7 @@ class FakeCuda:
 
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
+    monkeypatch.setattr(native, "wait", lambda: "")  # which would compile
 
     class Event:
         def __init__(self, enable_timing: bool = False) -> None:

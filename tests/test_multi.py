@@ -391,6 +391,30 @@ def test_rows_that_gather_their_own_adapter(device, way, with_bias, R):
     assert torch.equal(got, call())
 
 
+def test_nothing_of_cublas_where_torch_must_be_deterministic(device):
+    from fastlora.kernels.multi_gemm import multi_gemm_tiles
+
+    x, weight = (torch.randn(n, 64, device=device).to(BF16) for n in (20, 48))
+    assert multi_gemm_tiles(x, weight, 8)[0] == "add"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert multi_gemm_tiles(x, weight, 8)[0] in ("tma", "pointer")
+        lora_A, lora_B = torch.randn(3, 8, 64, device=device), torch.randn(3, 48, 8, device=device)
+        ids = torch.arange(20, device=device) % 4 - 1
+        y = fastlora.lora_linear_multi(x, weight, (lora_A.to(BF16), lora_B.to(BF16)), ids)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = fastlora.reference.lora_linear_multi(
+        x.double(),
+        weight.double(),
+        lora_A.to(BF16).double(),
+        lora_B.to(BF16).double(),
+        ids,
+        scaling=1.0,
+    )
+    torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-1)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize(("K", "R"), [(1, 1), (137, 3), (1100, 16), (4200, 40)])
 def test_rows_that_read_their_own_adapter(device, dtype, K, R):
