@@ -8,6 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+PARTS = ("lora_A", "lora_B")
+"""An adapter's two factors, as our layers and PEFT's name them."""
+
 # A true value in one of these changes what the adapter computes, or adds tensors beside A and B.
 _UNSUPPORTED = (
     "use_dora",

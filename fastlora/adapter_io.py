@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastlora.adapter_config import alpha_of, parse_config
+from fastlora.adapter_config import PARTS, alpha_of, parse_config
 from fastlora.functional import is_dtensor
 from fastlora.merging import LoRALayer, merge_anew
 from fastlora.modules import lora_scaling
@@ -25,7 +25,6 @@ from fastlora.modules import lora_scaling
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PARTS = ("lora_A", "lora_B")
 _LISTED = 10
 _WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module")
 

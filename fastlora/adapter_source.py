@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from fastlora.adapter_config import alpha_of, check_config, parse_config, pattern_value
-from fastlora.adapter_io import CONFIG_NAME, PARTS, WEIGHTS_NAME
+from fastlora.adapter_config import PARTS, alpha_of, check_config, parse_config, pattern_value
+from fastlora.adapter_io import CONFIG_NAME, WEIGHTS_NAME
 from fastlora.modules import FLOAT_DTYPES, lora_scaling
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<part>lora_[AB])(?:\.weight)?")

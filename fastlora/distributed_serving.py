@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastlora.adapter_io import PARTS
+from fastlora.adapter_config import PARTS
 from fastlora.injection import matching_targets
 from fastlora.modules import base_problem
 

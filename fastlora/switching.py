@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapter_config import alpha_of, check_config, pattern_value
+from fastlora.adapter_config import PARTS, alpha_of, check_config, pattern_value
 from fastlora.adapter_io import (
-    PARTS,
     PREFIX,
     WEIGHTS_NAME,
     check_keys,

@@ -11,7 +11,8 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fastlora.kernels.tuned import FOLDER_VARIABLE, FORMAT, Identity, Row, parse
+from fastlora.kernels.cache import FOLDER_VARIABLE
+from fastlora.kernels.tuned import FORMAT, Identity, Row, parse
 
 try:
     import fcntl

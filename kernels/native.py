@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from .cache import cache_folder
 from .direct import make_context
-from .tuned import cache_folder
 
 try:
     import fcntl

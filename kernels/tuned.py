@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .cache import cache_folder
 from .config import LaunchConfig, ReduceConfig, cdiv, next_power_of_2, rank_block
 
 C = TypeVar("C", LaunchConfig, ReduceConfig)
@@ -30,7 +30,6 @@ Values = Mapping[str, int]
 """Fields of a configuration by name, but for those that follow from a shape: see `values_of`."""
 
 FORMAT = 1
-FOLDER_VARIABLE = "FASTLORA_CACHE_DIR"
 
 _LAUNCH = {"num_warps": (4, 8), "num_stages": (1, 2, 3, 4, 5, 6)}
 _TILE = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128, 256)}
@@ -232,19 +231,6 @@ def identify(device: torch.device) -> Identity | None:
         return None
     p = torch.cuda.get_device_properties(device)
     return Identity(p.name, f"{p.major}.{p.minor}", triton.__version__, kernels_hash())
-
-
-def cache_folder() -> Path:
-    """``$FASTLORA_CACHE_DIR``, else ``$XDG_CACHE_HOME/fastlora``, else ``~/.cache/fastlora``.
-
-    Raises:
-        RuntimeError: none of the two is set, and there is no home folder.
-    """
-    named = os.environ.get(FOLDER_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastlora"
 
 
 def file_of(name: str) -> Path:

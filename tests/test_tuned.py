@@ -35,6 +35,7 @@ from tune_cases import (
 import fastlora
 from fastlora import tune as tuning
 from fastlora.kernels import tuned
+from fastlora.kernels.cache import cache_folder
 from fastlora.kernels.config import ReduceConfig
 from fastlora.kernels.tuned import Asked, values_of
 from fastlora.tune import difference
@@ -202,13 +203,13 @@ def test_what_an_op_cannot_have_is_refused(op, field, value):
 
 def test_cache_folder_goes_by_the_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLORA_CACHE_DIR", "~/tuned")
-    assert tuned.cache_folder() == Path.home() / "tuned"
+    assert cache_folder() == Path.home() / "tuned"
     monkeypatch.delenv("FASTLORA_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuned.cache_folder() == tmp_path / "fastlora"
+    assert cache_folder() == tmp_path / "fastlora"
     for unset in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
-        assert tuned.cache_folder() == Path.home() / ".cache" / "fastlora"
+        assert cache_folder() == Path.home() / ".cache" / "fastlora"
 
 
 # The launches.

@@ -18,6 +18,7 @@ from rich.table import Table
 from fastlora.bench.cases import DTYPES
 from fastlora.cli.system import make_console, pick_device
 from fastlora.kernels import tuned
+from fastlora.kernels.cache import cache_folder
 from fastlora.kernels.config import MAX_RANK
 from fastlora.tune_candidates import STEPS, Shape, describe_changes
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def _show(console: Console, identity: tuned.Identity | None) -> int:
     """This GPU's file; without a GPU, the names of those that are there."""
     if identity is None:
-        folder = tuned.cache_folder()
+        folder = cache_folder()
         files = sorted(folder.glob("tuned-*.json")) if folder.is_dir() else []
         found = ", ".join(path.name for path in files) or "none"
         _say(console, f"No CUDA GPU here that a file could be for. Files in {folder}: {found}")
@@ -128,7 +129,7 @@ def _shapes(args: argparse.Namespace) -> list[Shape]:
 
 
 def _describe(console: Console, args: argparse.Namespace, identity: tuned.Identity | None) -> int:
-    path = tuned.file_of(identity.name) if identity else tuned.cache_folder() / "tuned-<GPU>.json"
+    path = tuned.file_of(identity.name) if identity else cache_folder() / "tuned-<GPU>.json"
     shapes = _shapes(args)
     for shape in shapes:
         _say(console, f"{shape}: {', '.join(STEPS)}")
