@@ -134,7 +134,7 @@ class DirectLaunch:
 
     __slots__ = (
         "_blobs", "_buffer", "_config", "_config_address", "_function", "_held", "_lock", "_maps", "_meta",
-        "_numbers", "_offset", "_offsets", "_pack", "_parameters", "_pointers", "_scalars",
+        "_numbers", "_offset", "_offsets", "_pack", "_parameters", "_pointers", "_scalars", "_shared",
     )  # fmt: skip
 
     def __init__(
@@ -163,6 +163,7 @@ class DirectLaunch:
                 scalars.append((offset, kind, position))
             elif kind != "in map":
                 struct.pack_into(f"<{kind}", self._buffer, offset, sizes[position - arguments])
+        self._shared = bytes(self._buffer)  # before a launch writes its own
         self._scalars, self._offsets = scalars, [offset for offset, _ in layout]
         # One run of bytes, pointers before numbers, which the padding between them may overwrite.
         self._offset, text, at = (scalars[0][0] if scalars else 0), "<", None
@@ -185,17 +186,11 @@ class DirectLaunch:
         self._lock = threading.Lock()
 
     def packed(self) -> Packed:
-        """What a launch is made of, for who makes it elsewhere; empty where each launch writes its own."""
-        config, parameters = self._config, bytearray(self._buffer)
-        for offset, kind, _ in self._scalars:
-            struct.pack_into(f"<{kind}", parameters, offset, 0)
-        for (_, offset), (_, block) in zip(self._maps, self._meta, strict=True):
-            rank = len(block)
-            size = MAP_BYTES + 4 * (rank + rank % 2) + 8 * rank
-            parameters[offset : offset + size] = bytes(size)
+        """What a launch is made of, for who makes it elsewhere."""
+        config = self._config
         return Packed(
             self._function, tuple(config.grid), config.block[0], config.shared, config.count > 0,
-            bytes(parameters), self._offsets, [(p, o, kind) for o, kind, p in self._scalars],
+            self._shared, self._offsets, [(p, o, kind) for o, kind, p in self._scalars],
             [(*at, *meta) for at, meta in zip(self._maps, self._meta, strict=True)],
         )  # fmt: skip
 

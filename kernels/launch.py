@@ -124,8 +124,7 @@ class Launch:
         boxes (tuple[tuple[int, ...], ...]): the blocks of the first arguments, where these are descriptors
             to the kernel: their tensors must fit TMA, and the plan's key fixes shapes and strides. Default:
             ``()``.
-        constants (tuple[Tensor, ...]): the last of its leading arguments, the same at every call. Default:
-            ``()``.
+        constants (tuple[Tensor, ...]): leading arguments that are the same at every call. Default: ``()``.
         **options: its constexpr parameters, and launch options.
     """
 
@@ -153,12 +152,7 @@ class Launch:
         self._found: dict[tuple[Any, ...], Callable[..., None]] = {}
 
     def __call__(self, *args: Any) -> None:
-        """Launch on the device's current stream: ``kernel[grid](*args, *constants, *sizes, **options)``."""
-        if self.constants:
-            args += self.constants
-        self._launch(args)
-
-    def _launch(self, args: tuple[Any, ...]) -> None:
+        """Launch on the current stream of the device: ``kernel[grid](*args, *sizes, **options)``."""
         if recording.tape is not None:
             recording.tape.launch(self, args)
             return
@@ -169,7 +163,7 @@ class Launch:
             return
         if device.index != current_device():
             with torch.cuda.device(device):
-                self._launch(args)
+                self(*args)
             return
         ready = self._ready
         if ready is not None and not profiled():  # noqa: SIM102
@@ -224,7 +218,7 @@ class Launch:
         )  # fmt: skip
         if everything in _compiled and not profiled():
             self._remember(signature, _compiled[everything], names, len(args))
-            self._launch(args)
+            self(*args)
             return
         made = self._run_anew(args)
         if names is not None:

@@ -216,7 +216,7 @@ def lora_forward_sliced(
         return lora_forward_sliced(x, weight, s, for_tma(lora_B, x.dtype), slices, bias)
     y = x.new_empty((M, N))
     if by_tma:
-        launch(x, weight, for_tma(s.flatten(0, 1), x.dtype), lora_B, y, bias)
+        launch(x, weight, for_tma(s.flatten(0, 1), x.dtype), lora_B, y, bias, *launch.constants)
     else:
-        launch(x, weight, y, s, lora_B, bias)
+        launch(x, weight, y, s, lora_B, bias, *launch.constants)
     return y

@@ -261,8 +261,8 @@ Step make_step(const py::tuple& t) {
             .offset = t[5].cast<int64_t>()};
   if (name == "copy") return {.kind = Kind::Copy, .to = value(1), .a = value(2)};
   if (name == "addmm") return {.kind = Kind::Addmm, .to = value(1), .a = value(2), .b = value(3)};
-  if (name == "mm" && t.size() == 4) return {.kind = Kind::Mm, .to = value(1), .a = value(2), .b = value(3)};
-  if (name == "mm") return {.kind = Kind::Linear, .to = value(1), .a = value(3), .b = value(4), .c = value(2)};
+  if (name == "mm") return {.kind = Kind::Mm, .to = value(1), .a = value(2), .b = value(3)};
+  if (name == "linear") return {.kind = Kind::Linear, .to = value(1), .a = value(3), .b = value(4), .c = value(2)};
   if (name == "zero") return {.kind = Kind::Zero, .to = value(1)};
   if (name == "randint") return {.kind = Kind::Randint, .to = value(1), .offset = t[2].cast<int64_t>()};
   if (name == "sort") return {.kind = Kind::Sort, .to = value(1), .a = value(3), .b = value(2)};

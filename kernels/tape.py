@@ -28,7 +28,7 @@ _VIEWS = {
     _aten.t.default, _aten.transpose.int, _aten.unbind.int, _aten.unsqueeze.default, _aten.view.default,
     _aten._unsafe_view.default,
 }  # fmt: skip
-_PRODUCTS = {_aten.mm.default, _aten.addmm.default}
+_PRODUCTS = {_aten.mm.default: "mm", _aten.addmm.default: "linear"}
 _COPIES = {_aten._to_copy.default, _aten.clone.default}
 _TICKETS = 1 << 62  # above every number that an argument could be
 
@@ -203,7 +203,7 @@ class Recorder(TorchDispatchMode):
             *_, a, b = args
             made = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
             self._add(made)
-            self._steps.append(("mm", self.value(made), *operands))
+            self._steps.append((_PRODUCTS[func], self.value(made), *operands))
             return made
         if func is _aten.addmm_.default and not kwargs:
             to, a, b = (self.value(t) for t in args)
