@@ -33,7 +33,7 @@ def lora_linear(
     Follows LoRA (Hu et al., 2021, arXiv 2106.09685) and the forward of PEFT's ``lora.Linear``: dropout is
     on the LoRA branch alone. Gradients come for whatever needs one, in each tensor's own dtype. Dropout
     draws its seed from torch's generator of x's device, so ``torch.manual_seed`` and activation
-    checkpointing replay it; ``dropout_p`` is rounded to a multiple of 2**-16. Where the kernels cannot
+    checkpointing replay it; ``dropout_p`` is rounded to a multiple of 2**-14. Where the kernels cannot
     run, `fastlora.reference.lora_linear` does, with the same mask; `fastlora.explain` says why.
 
     Args:

@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.adapter_products import adapter_products
-from fastlora.kernels.config import PHILOX_ROUNDS, dropout_threshold, keep_scale
+from fastlora.kernels.config import (
+    DROPOUT_LEVELS,
+    PHILOX_ROUNDS,
+    dropout_threshold,
+    keep_scale,
+)
 
 MERGE_BLOCK = 1 << 24  # elements that `lora_merge` holds in fp32 at a time
 _SEEDS = 2**63 - 1
@@ -59,13 +64,14 @@ def dropout_keep_mask(
     """The boolean keep mask ``[M, K]`` that the kernels draw for ``seed``.
 
     Element ``(m, k)`` owns 16 bits of the Philox block whose counter is ``(k // 8, m)``: lane ``k % 8``,
-    low half of word 0 first. It depends on nothing else, so any tiling and the backward agree.
+    low half of word 0 first; the low 14 of them, from which the kernels decide for two elements at once,
+    are its draw. It depends on nothing else, so any tiling and the backward agree.
 
     Args:
         seed (Tensor | int): 64-bit seed, as `draw_seed` gives it.
         M (int): rows of x, its leading dimensions flattened.
         K (int): in_features.
-        p (float): probability of dropping an element, rounded to a multiple of 2**-16.
+        p (float): probability of dropping an element, rounded to a multiple of 2**-14.
         device (torch.device | str): where the mask is made. Default: ``"cpu"``.
         first_row (int): the row of x that the mask begins with, for a part of it. Default: 0.
 
@@ -77,7 +83,7 @@ def dropout_keep_mask(
     groups = (torch.arange((K + 7) // 8, device=device) + (seed & 0)).expand(M, -1)
     rows = torch.arange(first_row, first_row + M, device=device)[:, None].expand_as(groups)
     words = torch.stack(_philox_4x32(seed, groups, rows), dim=-1)  # [M, K/8, 4]
-    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [M, K/8, 4, 2]
+    draws = torch.stack((words, words >> 16), dim=-1) & (DROPOUT_LEVELS - 1)  # [M, K/8, 4, 2]
     return draws.reshape(M, 8 * groups.shape[-1])[:, :K] >= dropout_threshold(p)
 
 

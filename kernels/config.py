@@ -16,14 +16,14 @@ Seven pass TestU01's BigCrush (Salmon et al., 2011, table 2); ten are the usual 
 costs a dropout kernel a tenth of its instructions.
 """
 
-DROPOUT_LEVELS = 1 << 16
-"""Dropout spends 16 random bits on an element, so ``p`` is rounded to a multiple of 2**-16."""
+DROPOUT_LEVELS = 1 << 14
+"""Dropout compares 14 random bits of an element, so ``p`` is rounded to a multiple of 2**-14."""
 
 MAX_RANK = 256
 
 
 def dropout_threshold(p: float) -> int:
-    """How many of the 65536 levels are dropped: an element is kept iff its draw reaches this."""
+    """How many of the 16384 levels are dropped: an element is kept iff its draw reaches this."""
     return round(p * DROPOUT_LEVELS)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .common import device_properties, dot, dot_precision, multiple, strides
 from .config import cdiv, grad_a_config, rank_block, vector
-from .dropout import load_keep
+from .dropout import load_bits, mask_word, where_kept, words_of
 from .launch import Launch, cached_plan
 from .reduce import sum_splits
 from .tuned import choose
@@ -19,7 +19,7 @@ from .tuned import choose
 def _lora_grad_a_kernel(
     x_ptr, ds_ptr, mask_ptr, parts_ptr,
     M, K, R, rows_per_split, stride_xm, stride_xk, stride_dsm,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_WORD: tl.constexpr, PRECISION: tl.constexpr,
     R_VECTOR: tl.constexpr, DS_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +47,9 @@ def _lora_grad_a_kernel(
             mask=(offs_m[None, :] < last) & (offs_r[:, None] < R),
             other=0.0,
         )  # [BLOCK_R, BLOCK_M]
-        if HAS_DROPOUT:
-            keep = load_keep(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C)
-            x = tl.where(keep, x, 0.0)
+        if MASK_WORD > 0:
+            bits = load_bits(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C, MASK_WORD)
+            x = where_kept(x, words_of(bits), BLOCK_M, BLOCK_C)
         acc = dot(ds, x, acc, PRECISION)  # [BLOCK_R, BLOCK_C]
     part = parts_ptr + tl.program_id(1).to(tl.int64) * R * K
     tl.store(
@@ -67,23 +67,23 @@ def _plan(
     R: int,
     ds_stride: int,
     device: torch.device,
-    has_dropout: bool,
+    word: int,
     precision: str,
 ) -> tuple[int, Launch]:
     """The number of splits and the launch."""
     M, K = shape
     num_sms = device_properties(device)[1]
-    c = grad_a_config(M, K, R, dtype.itemsize, num_sms, precision, has_dropout)
+    c = grad_a_config(M, K, R, dtype.itemsize, num_sms, precision, word > 0)
     c = choose(
         "lora_grad_a", c, device, dtype.itemsize, precision, R, {"M": M, "K": K},
-        dropout=has_dropout, x_strided=stride[1] != 1,
+        dropout=word > 0, x_strided=stride[1] != 1,
     )  # fmt: skip
     rows_per_split = cdiv(cdiv(M, c.row_splits), c.BLOCK_M) * c.BLOCK_M
     splits = cdiv(M, rows_per_split)
     return splits, Launch(
         _lora_grad_a_kernel, (cdiv(K, c.BLOCK_C), splits), device,
         M, K, R, rows_per_split, *strides(shape, stride), ds_stride,
-        HAS_DROPOUT=has_dropout, PRECISION=precision,
+        MASK_WORD=word, PRECISION=precision,
         R_VECTOR=vector(R), DS_VECTOR=vector(ds_stride),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,
@@ -105,7 +105,7 @@ def lora_grad_a(x: Tensor, ds: Tensor, mask: Tensor | None, dtype: torch.dtype) 
     R, K = ds.shape[1], x.shape[1]
     splits, launch = _plan(
         x.shape, x.stride(), x.dtype, R, ds.stride(0), x.device,
-        mask is not None, dot_precision(x.dtype),
+        mask_word(mask, K), dot_precision(x.dtype),
     )  # fmt: skip
     out = torch.empty((R, K), dtype=dtype, device=x.device)
     parts = (

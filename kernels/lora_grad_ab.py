@@ -18,7 +18,7 @@ from .common import (
     wait_for_previous_kernel,
 )
 from .config import cdiv, grad_ab_config, rank_block, vector
-from .dropout import load_bits, unpack_bits
+from .dropout import load_bits, mask_word, where_kept, words_of
 from .launch import Launch, cached_plan
 from .lora_one_pass import Ready, wait_until_all_ready
 from .tuned import choose
@@ -28,19 +28,17 @@ from .tuned import choose
 def _sum_over_rows(
     x_ptr, ds_ptr, mask_ptr, out_ptr, start_k,
     M, K, R, stride_xm, stride_xk, stride_dsm, stride_or, stride_ok,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_WORD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``out[r, k] = sum_m ds[m, r] keep[m, k] x[m, k]`` for BLOCK_C columns from ``start_k`` on.
 
     The masked operand is the right one, which a tensor core reads from shared memory: the ptxas hazard
-    (triton#9433) does not arise. Bits are loaded a step ahead; what a pipelined loop loads by bytes stalls.
+    (triton#9433) does not arise.
     """
     offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    if HAS_DROPOUT:
-        bits = load_bits(mask_ptr, tl.arange(0, BLOCK_M), start_k, M, K, BLOCK_C)
     for m in range(0, M, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
         x = tl.load(
@@ -53,10 +51,9 @@ def _sum_over_rows(
             mask=(offs_m[None, :] < M) & (offs_r[:, None] < R),
             other=0.0,
         )  # [BLOCK_R, BLOCK_M]
-        if HAS_DROPOUT:
-            keep = unpack_bits(bits, BLOCK_M, BLOCK_C)
-            bits = load_bits(mask_ptr, offs_m + BLOCK_M, start_k, M, K, BLOCK_C)
-            x = tl.where(keep, x, 0.0)
+        if MASK_WORD > 0:
+            bits = load_bits(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C, MASK_WORD)
+            x = where_kept(x, words_of(bits), BLOCK_M, BLOCK_C)
         acc = dot(ds, x, acc, PRECISION)  # [BLOCK_R, BLOCK_C]
     tl.store(
         out_ptr + offs_r[:, None].to(tl.int64) * stride_or + offs_k[None, :] * stride_ok,
@@ -69,7 +66,7 @@ def _sum_over_rows(
 def _lora_grad_ab_kernel(
     x_ptr, ds_ptr, mask_ptr, da_ptr, dy_ptr, s_ptr, db_ptr, ready_ptr, ticket,
     M, K, N, R, blocks_a, marks, stride_xm, stride_xk, stride_dsm, stride_dym, stride_dyn, stride_sm,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    MASK_WORD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     R_VECTOR: tl.constexpr, DS_VECTOR: tl.constexpr, S_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -91,13 +88,13 @@ def _lora_grad_ab_kernel(
         _sum_over_rows(
             x_ptr, ds_ptr, mask_ptr, da_ptr, block * BLOCK_C,
             M, K, R, stride_xm, stride_xk, stride_dsm, K, 1,
-            HAS_DROPOUT, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+            MASK_WORD, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
         )  # fmt: skip
     else:
         _sum_over_rows(
             dy_ptr, s_ptr, mask_ptr, db_ptr, (block - blocks_a) * BLOCK_C,
             M, N, R, stride_dym, stride_dyn, stride_sm, 1, R,
-            False, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
+            0, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
         )  # fmt: skip
     if ready_ptr is not None:
         wait_for_previous_kernel(PDL)
@@ -115,15 +112,15 @@ def _plan(
     s_stride: int,
     dtypes: tuple[torch.dtype, torch.dtype],
     device: torch.device,
-    has_dropout: bool,
+    word: int,
     precision: str,
     marks: int,
 ) -> Launch:
     (M, K), N, num_sms = shape, dy_shape[1], device_properties(device)[1]
     c = choose(
-        "lora_grad_ab", grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision, has_dropout, marks > 0),
+        "lora_grad_ab", grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision, word > 0, marks > 0),
         device,
-        dtype.itemsize, precision, R, {"M": M, "K": K, "N": N}, dropout=has_dropout,
+        dtype.itemsize, precision, R, {"M": M, "K": K, "N": N}, dropout=word > 0,
         x_strided=stride[1] != 1, dy_strided=dy_stride[1] != 1,
     )  # fmt: skip
     blocks_a = cdiv(K, c.BLOCK_C)
@@ -131,7 +128,7 @@ def _plan(
         _lora_grad_ab_kernel, (blocks_a + cdiv(N, c.BLOCK_C),), device,
         M, K, N, R, blocks_a, marks, *strides(shape, stride), ds_stride,
         *strides(dy_shape, dy_stride), s_stride,
-        fixed=True, HAS_DROPOUT=has_dropout, PRECISION=precision, PDL=has_pdl(device),
+        fixed=True, MASK_WORD=word, PRECISION=precision, PDL=has_pdl(device),
         launch_pdl=marks > 0 and has_pdl(device),
         R_VECTOR=vector(R), DS_VECTOR=vector(ds_stride), S_VECTOR=vector(s_stride),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
@@ -169,7 +166,7 @@ def lora_grad_ab(
     (_, K), (_, N), R = x.shape, dy.shape, ds.shape[1]
     launch = _plan(
         x.shape, x.stride(), x.dtype, R, ds.stride(0), dy.shape, dy.stride(), s.stride(0),
-        (a_dtype, b_dtype), x.device, mask is not None, dot_precision(x.dtype),
+        (a_dtype, b_dtype), x.device, mask_word(mask, K), dot_precision(x.dtype),
         0 if ready is None else ready.marks.shape[0],
     )  # fmt: skip
     da = torch.empty((R, K), dtype=a_dtype, device=x.device)

@@ -30,7 +30,7 @@ from .config import (
     shrink_splits,
     vector,
 )
-from .dropout import keep_bits, unpack_bits
+from .dropout import draw_words, packed, where_kept
 from .launch import Launch, cached_plan
 from .reduce import sum_splits
 from .tuned import choose
@@ -77,13 +77,13 @@ def _lora_shrink_kernel(
         )  # [BLOCK_K, BLOCK_R]
         if HAS_DROPOUT:
             groups = k // 8 + offs_g
-            bits = keep_bits(seed, offs_m[:, None], groups[None, :], threshold)
+            words = draw_words(seed, offs_m[:, None], groups[None, :], threshold)
             tl.store(
                 mask_ptr + offs_m[:, None] * row_bytes + groups[None, :],
-                bits.to(tl.uint8),
+                packed(words),
                 mask=(offs_m[:, None] < M) & (groups[None, :] < row_bytes),
             )
-            x = tl.where(unpack_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
+            x = where_kept(x, words, BLOCK_M, BLOCK_K)
         acc = dot(x, a.to(x.dtype), acc, PRECISION)  # [BLOCK_M, BLOCK_R]
     if SCALING_PER_RANK:
         factors = tl.load(scaling + offs_r, mask=offs_r < R, other=0.0)  # [BLOCK_R]

@@ -10,7 +10,7 @@ from torch import Tensor
 from .common import device_properties, dot, dot_precision, rank_of, strides
 from .config import cdiv, rank_block
 from .config_multi import multi_grad_config
-from .dropout import load_keep
+from .dropout import load_bits, mask_word, where_kept, words_of
 from .launch import Launch, cached_plan
 from .reduce import sum_splits
 
@@ -19,7 +19,7 @@ from .reduce import sum_splits
 def _lora_multi_grad_kernel(
     x_ptr, ds_ptr, mask_ptr, parts_ptr, order_ptr, sorted_ids_ptr, segments_ptr, ranks_ptr,
     M, K, R, size, stride_xm, stride_xk, stride_dsm,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    MASK_WORD: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``parts[split, l, r, k] = sum_m ds[m, r] keep[m, k] x[m, k]`` over a split of the rows of adapter l.
@@ -53,9 +53,9 @@ def _lora_multi_grad_kernel(
                 mask=here[None, :] & (offs_r[:, None] < rank),
                 other=0.0,
             )  # [BLOCK_R, BLOCK_M]
-            if HAS_DROPOUT:
-                keep = load_keep(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C)
-                x = tl.where(keep, x, 0.0)
+            if MASK_WORD > 0:
+                bits = load_bits(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C, MASK_WORD)
+                x = where_kept(x, words_of(bits), BLOCK_M, BLOCK_C)
             acc = dot(ds, x, acc, PRECISION)  # [BLOCK_R, BLOCK_C]
         part = parts_ptr + tl.program_id(2).to(tl.int64) * size + slot * R * K
         tl.store(
@@ -74,7 +74,7 @@ def _plan(
     ds_stride: int,
     device: torch.device,
     num_segments: int,
-    has_dropout: bool,
+    word: int,
     precision: str,
 ) -> tuple[int, Launch]:
     """The number of splits and the launch."""
@@ -83,7 +83,7 @@ def _plan(
     return c.row_splits, Launch(
         _lora_multi_grad_kernel, (cdiv(K, c.BLOCK_C), num_segments, c.row_splits), device,
         M, K, R, L * R * K, *strides(shape, stride), ds_stride,
-        HAS_DROPOUT=has_dropout, PRECISION=precision, SPLITS=c.row_splits,
+        MASK_WORD=word, PRECISION=precision, SPLITS=c.row_splits,
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def lora_multi_grad(
     order, sorted_ids, segments = routing
     splits, launch = _plan(
         x.shape, x.stride(), x.dtype, shape, ds.stride(0), x.device,
-        segments.shape[0] - 1, mask is not None, dot_precision(x.dtype),
+        segments.shape[0] - 1, mask_word(mask, x.shape[1]), dot_precision(x.dtype),
     )  # fmt: skip
     out = torch.zeros(shape, dtype=dtype, device=x.device)
     parts = (

@@ -20,7 +20,7 @@ from .common import (
 )
 from .config import cdiv, dropout_threshold, keep_scale
 from .config_multi import multi_shrink_config
-from .dropout import keep_bits, unpack_bits
+from .dropout import draw_words, packed, where_kept
 from .launch import Launch, cached_plan
 
 
@@ -87,13 +87,13 @@ def _lora_multi_shrink_kernel(
                 )  # [BLOCK_K, BLOCK_R]  # fmt: skip
                 if HAS_DROPOUT:
                     groups = k // 8 + offs_g
-                    bits = keep_bits(seed, offs_m[:, None], groups[None, :], threshold)
+                    words = draw_words(seed, offs_m[:, None], groups[None, :], threshold)
                     tl.store(
                         mask_ptr + offs_m[:, None] * row_bytes + groups[None, :],
-                        bits.to(tl.uint8),
+                        packed(words),
                         mask=here[:, None] & (groups[None, :] < row_bytes) & (start_r == 0),
                     )
-                    x = tl.where(unpack_bits(bits, BLOCK_M, BLOCK_K), x, 0.0)
+                    x = where_kept(x, words, BLOCK_M, BLOCK_K)
                 acc = dot(x, a.to(x.dtype), acc, PRECISION)  # [BLOCK_M, BLOCK_R]
             acc *= tl.load(scaling_ptr + slot) * factor
             near = tl.minimum((rank + 7) // 8 * 8, R)  # the product reads ranks by eights

@@ -24,7 +24,7 @@ VECTORS = [
     (10, *PI, "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
 M, K = 512, 1000
-PROBABILITIES = [2.0**-16, 0.01, 0.1, 0.5, 0.9, 1 - 2.0**-16]
+PROBABILITIES = [2.0**-14, 0.01, 0.1, 0.5, 0.9, 1 - 2.0**-14]
 
 
 def philox(counter, key, rounds=PHILOX_ROUNDS):
@@ -39,9 +39,9 @@ def philox(counter, key, rounds=PHILOX_ROUNDS):
 
 
 def draw(seed, m, k):
-    """The 16 bits of element ``(m, k)``, as the reference's docstring places them."""
+    """The draw of element ``(m, k)``, as the reference's docstring places it."""
     word = philox((k // 8, m, 0, 0), (seed & ONES, (seed >> 32) & ONES))[k % 8 // 2]
-    return word >> 16 if k % 2 else word & 0xFFFF
+    return (word >> 16 if k % 2 else word) & (DROPOUT_LEVELS - 1)
 
 
 def z_score(count, trials, rate):

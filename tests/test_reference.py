@@ -198,7 +198,7 @@ def test_dropout_levels():
     assert dropout_threshold(1.0) == DROPOUT_LEVELS
     assert dropout_threshold(0.5) == DROPOUT_LEVELS // 2
     assert dropout_threshold(2.0**-18) == 0
-    assert dropout_threshold(2.0**-16) == 1
+    assert dropout_threshold(2.0**-14) == 1
 
 
 def test_keep_scale_is_the_inverse_of_the_keep_rate():
