@@ -118,22 +118,25 @@ class PeftDefaultModel(_Peft):
     name, label, fp32_adapters = "peft-default", "PEFT default: fp32, autocast", True
 
 
+def _compile_layers(model: nn.Module) -> None:
+    """Compile each decoder layer: a whole model compiles for minutes."""
+    # Should a layer's own numbers be compiled in, each needs an entry: past the limit it runs eagerly.
+    dynamo: Any = importlib.import_module("torch._dynamo")
+    name = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(dynamo.config, name, 64)
+    for module in model.modules():
+        if type(module).__name__ == "LlamaDecoderLayer":
+            module.compile(dynamic=False)
+
+
 @register
 class PeftCompiledModel(_Peft):
-    """PEFT with bf16 adapters, each decoder layer compiled: a whole model compiles for minutes."""
+    """PEFT with bf16 adapters, each decoder layer compiled."""
 
     name, label = "peft-compile", "PEFT, bf16, torch.compile"
 
     def _adapt(self, model: nn.Module) -> None:
-        # Should a layer's own numbers be compiled in, each needs an entry: past the limit it runs eagerly.
-        dynamo: Any = importlib.import_module("torch._dynamo")
-        name = (
-            "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
-        )
-        setattr(dynamo.config, name, 64)
-        for module in model.modules():
-            if type(module).__name__ == "LlamaDecoderLayer":
-                module.compile(dynamic=False)
+        _compile_layers(model)
 
 
 class _Accelerated(_Peft):
@@ -159,6 +162,18 @@ class PeftDefaultAcceleratedModel(_Accelerated):
 
     name, label = "peft-default-fastlora", "PEFT default + fastlora.accelerate"
     fp32_adapters = True
+
+
+@register
+class PeftAcceleratedCompiledModel(PeftDefaultAcceleratedModel):
+    """PEFT's default mode after ``fastlora.accelerate``, each decoder layer compiled."""
+
+    name = "peft-default-fastlora-compile"
+    label = "PEFT default + fastlora.accelerate, torch.compile"
+
+    def _adapt(self, model: nn.Module) -> None:
+        super()._adapt(model)
+        _compile_layers(model)
 
 
 class _MultiLinear(nn.Module):
