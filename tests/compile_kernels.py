@@ -176,6 +176,7 @@ def call(case: Case) -> None:
             [[(w, w, lora_A, lora_B, 2.0)] * 4]
         ),
         **multi_launches(case, modules, new),
+        **route_launches(case.M, modules, new),
     }
     launch[case.op]()
 
@@ -228,6 +229,21 @@ def multi_launches(
         "multi_grad_x": lambda: product(dy, w.t(), stack_a.transpose(1, 2), mask=mask),
         "multi_grad": lambda: modules["multi_grad"].lora_multi_grad(
             x, new((M, R), dtype=dtype), mask, ranks, segments, slots, adapter
+        ),
+    }
+
+
+def route_launches(
+    M: int, modules: dict[str, Any], new: Callable[..., Tensor], slots: int = 32
+) -> dict[str, Callable[[], object]]:
+    """The launches of what routes rows; ids that one row of a table holds are strided."""
+    ids = new((M,), dtype=torch.int32)
+    given = new((M,), dtype=torch.int64) if M > 64 else new((M, 3), dtype=torch.int32)[:, 1]
+    keys = importlib.import_module("fastlora.routing_ops").TABLES
+    return {
+        "route_rows": lambda: modules["route_rows"].lora_route_rows(given, slots, (ids, ids, ids)),
+        "route_tables": lambda: modules["route_tables"].lora_route_tables(
+            keys, ids, ids, slots, [ids] * len(keys)
         ),
     }
 
