@@ -269,7 +269,7 @@ def embedding_problem_for(
 
 
 def kernels_can_route(ids: Tensor) -> bool:
-    """Whether the kernels make a routing of these ids: on the CPU, where torch's errors are, never.
+    """Whether the kernels make the routing of these ids; on the CPU torch does, interpreter or not.
 
     Args:
         ids (Tensor): ``[M]``.

@@ -100,11 +100,11 @@ def _lora_route_tables_kernel(
     if tiles_ptr is not None:
         tiles = tl.cdiv(M, TILE)
         if (program >= 0) & (program < tiles):
-            _slots(tiles_ptr, ids_ptr, program, M, L, TILE, min(TILE, STEP))
+            _slots(tiles_ptr, ids_ptr, program, M, L, TILE, STEP)
         program -= tiles
     if other_tiles_ptr is not None:  # noqa: SIM102 - decided when compiling, so it stands alone
         if program >= 0:
-            _slots(other_tiles_ptr, ids_ptr, program, M, L, OTHER_TILE, min(OTHER_TILE, STEP))
+            _slots(other_tiles_ptr, ids_ptr, program, M, L, OTHER_TILE, STEP)
 
 
 @cached_plan
@@ -117,11 +117,12 @@ def _plan(
     other_tile: int | None,
     device: torch.device,
 ) -> Launch:
-    tiles = sum(cdiv(M, block) for block in (tile, other_tile) if block is not None)
+    blocks = [block for block in (tile, other_tile) if block is not None]
+    tiles = sum(cdiv(M, block) for block in blocks)
     return Launch(
         _lora_route_tables_kernel, ((rows is not None) + has_segments + tiles,), device, M, L,
         fixed=True, ROWS=rows or 0, TILE=tile or 0, OTHER_TILE=other_tile or 0, CHUNK=route_chunk(M),
-        STEP=16, num_warps=8,
+        STEP=min([16, *blocks]), num_warps=8,
     )  # fmt: skip
 
 

@@ -198,6 +198,7 @@ def cases() -> list[Case]:
             *(Case("route_rows", arch, M=rows) for rows in (1, 64, 8192, 16384)),
             Case("route_tables", arch),
             *(Case("route_tables", arch, M=rows) for rows in (64, 300)),
+            *(Case(op, arch) for op in ("route_blocks", "route_segments", "route_tiles")),
             Case("multi_grad", arch, dropout=True),
             Case("multi_grad", arch, R=64, fp32_adapters=True),
             Case("multi_grad", arch, "fp16", R=64, dropout=True),
