@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.routing_ops import all_tables, build_table, route_op, sort_rows, tables_op
+from fastlora.routing_ops import (
+    TABLES,
+    all_tables,
+    build_tables,
+    copied,
+    route_op,
+    sort_rows,
+    tables_op,
+)
 
 
 @dataclass(frozen=True)
@@ -127,17 +135,16 @@ class Routing:
                 f"adapter_ids must have shape ({len(self)},), as this routing, "
                 f"got {tuple(adapter_ids.shape)}"
             )
-        new = route(adapter_ids.to(self.ids.device), self.num_adapters)
-        for mine, other in (
-            (self.ids, new.ids),
-            (self.order, new.order),
-            (self.sorted_ids, new.sorted_ids),
-        ):
-            mine.copy_(other)
-        for key, table in self._tables.items():
-            table.copy_(build_table(*key, self.ids, self.sorted_ids, self.num_adapters))
-        if self._complete:
-            torch._foreach_copy_(self._complete, new.complete_()._complete)
+        _check_ids(adapter_ids)
+        adapter_ids, L = adapter_ids.to(self.ids.device), self.num_adapters
+        rows = self.ids, self.order, self.sorted_ids
+        if torch.compiler.is_compiling():
+            copied(route_op(adapter_ids, L), rows)
+        else:
+            sort_rows(adapter_ids, L, out=rows)
+        keys = (*self._tables, *(TABLES if self._complete else ()))
+        tables = (*self._tables.values(), *self._complete)
+        build_tables(keys, self.ids, self.sorted_ids, L, out=tables)
         self.version += 1
         return self
 
@@ -157,7 +164,7 @@ class Routing:
     def _table(self, kind: str, block: int) -> Tensor:
         table = self._tables.get((kind, block))
         if table is None:
-            table = build_table(kind, block, self.ids, self.sorted_ids, self.num_adapters)
+            (table,) = build_tables([(kind, block)], self.ids, self.sorted_ids, self.num_adapters)
             self._tables[kind, block] = table
         return table
 
@@ -183,18 +190,23 @@ def route(adapter_ids: Tensor, num_adapters: int) -> Routing:
         >>> routing.order.tolist()
         [1, 2, 0, 3]
     """
-    if not isinstance(adapter_ids, Tensor):
-        raise TypeError(f"adapter_ids must be a Tensor, got {type(adapter_ids).__name__}")
-    if adapter_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"adapter_ids must be int32 or int64, got {adapter_ids.dtype}")
-    if adapter_ids.dim() != 1:
-        raise ValueError(f"adapter_ids must have one dimension, got {tuple(adapter_ids.shape)}")
+    _check_ids(adapter_ids)
     if not torch.compiler.is_compiling():
         ids, order, sorted_ids = sort_rows(adapter_ids, num_adapters)
         return Routing(ids, num_adapters, order, sorted_ids)
     ids, order, sorted_ids = route_op(adapter_ids, num_adapters)
     tables = tuple(tables_op(ids, sorted_ids, num_adapters))
     return Routing(ids, num_adapters, order, sorted_ids, _complete=tables)
+
+
+def _check_ids(adapter_ids: Tensor) -> None:
+    """Raise unless they are integers in one dimension."""
+    if not isinstance(adapter_ids, Tensor):
+        raise TypeError(f"adapter_ids must be a Tensor, got {type(adapter_ids).__name__}")
+    if adapter_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"adapter_ids must be int32 or int64, got {adapter_ids.dtype}")
+    if adapter_ids.dim() != 1:
+        raise ValueError(f"adapter_ids must have one dimension, got {tuple(adapter_ids.shape)}")
 
 
 def stack_adapters(

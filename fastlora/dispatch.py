@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels.config import MAX_RANK
+from fastlora.kernels.config_multi import ROUTE_ROWS
 
 try:
     from fastlora.kernels.common import INTERPRETED
@@ -265,6 +266,22 @@ def embedding_problem_for(
     if ids.numel() == 0:
         return "a dimension is empty: there are no ids"
     return ""
+
+
+def kernels_can_route(ids: Tensor) -> bool:
+    """Whether the kernels make the routing of these ids; on the CPU torch does, interpreter or not.
+
+    Args:
+        ids (Tensor): ``[M]``.
+    """
+    return (
+        ids.is_cuda
+        and type(ids) is Tensor
+        and not torch.compiler.is_compiling()
+        and 0 < ids.shape[0] <= ROUTE_ROWS
+        and _forced.path != "eager"
+        and not _this_machines_problem(ids.device, (torch.float32, torch.float32))
+    )
 
 
 def is_forced() -> bool:

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.dispatch import HAS_TRITON, kernels_can_route
 from fastlora.kernels.config import cdiv
 from fastlora.kernels.config_multi import MULTI_BLOCK_M, MULTI_TILES
+
+if HAS_TRITON:
+    from fastlora.kernels.route_rows import lora_route_rows
+    from fastlora.kernels.route_tables import lora_route_tables, makes_table
 
 NO_ADAPTER = -1
 """The id of a row that uses no adapter: the frozen layer alone."""
@@ -22,30 +27,101 @@ TABLES = (("blocks", MULTI_BLOCK_M), ("segments", 0), *(("tiles", block) for blo
 """Every table that the kernels of a layer may ask for."""
 
 
-def sort_rows(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Check ids ``[M]``; give ``ids``, ``order`` and ``sorted_ids`` of a `Routing`, int32."""
+Rows = tuple[Tensor, Tensor, Tensor]
+"""``ids``, ``order`` and ``sorted_ids`` of a `Routing`: int32 ``[M]``."""
+
+
+def sort_rows(adapter_ids: Tensor, num_adapters: int, out: Rows | None = None) -> Rows:
+    """Check ids ``[M]`` and sort them; with ``out`` what comes of it is written there, over other rows."""
+    wrong = f"adapter_ids must be from -1 to {num_adapters - 1}"
+    if kernels_can_route(adapter_ids):
+        made = out or (_empty_as(adapter_ids), _empty_as(adapter_ids), _empty_as(adapter_ids))
+        if out is not None and _shares_memory(adapter_ids, out):
+            adapter_ids = adapter_ids.clone()  # a program may write what another has yet to read
+        torch._assert_async(lora_route_rows(adapter_ids, num_adapters, made), wrong)
+        _written(out or ())
+        return made
     valid = ((adapter_ids >= NO_ADAPTER) & (adapter_ids < num_adapters)).all()
     if adapter_ids.device.type == "cpu":
         if not valid:
-            wrong = adapter_ids[(adapter_ids < NO_ADAPTER) | (adapter_ids >= num_adapters)]
-            raise ValueError(
-                f"adapter_ids must be from -1 to {num_adapters - 1}, got {int(wrong[0])}"
-            )
+            found = adapter_ids[(adapter_ids < NO_ADAPTER) | (adapter_ids >= num_adapters)]
+            raise ValueError(f"{wrong}, got {int(found[0])}")
     else:
-        torch._assert_async(valid, f"adapter_ids must be from -1 to {num_adapters - 1}")
+        torch._assert_async(valid, wrong)
     sorted_ids, order = adapter_ids.sort(stable=True)
     # Its own copy: the caller may overwrite its ids for the next step.
     ids = adapter_ids.to(torch.int32, copy=True)
-    return ids, order.to(torch.int32), sorted_ids.to(torch.int32)
+    made = ids, order.to(torch.int32), sorted_ids.to(torch.int32)
+    return made if out is None else copied(made, out)
+
+
+def copied(made: Rows, out: Rows) -> Rows:
+    """``out``, with what was made in it."""
+    for mine, other in zip(out, made, strict=True):
+        mine.copy_(other)
+    return out
+
+
+def _empty_as(adapter_ids: Tensor) -> Tensor:
+    return torch.empty(adapter_ids.shape, dtype=torch.int32, device=adapter_ids.device)
+
+
+def _shares_memory(t: Tensor, others: Sequence[Tensor]) -> bool:
+    storage = t.untyped_storage().data_ptr()
+    return any(other.untyped_storage().data_ptr() == storage for other in others)
+
+
+def _written(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd of tensors that a kernel has written over, as torch's own operations do."""
+    for t in tensors:
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
+
+
+def build_tables(
+    keys: Sequence[tuple[str, int]],
+    ids: Tensor,
+    sorted_ids: Tensor,
+    num_adapters: int,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Tables of a `Routing`, of the kinds and blocks that ``keys`` names; written to ``out`` if it is there.
+
+    On a GPU one launch makes as many as the kernels of a layer may ask for.
+    """
+    M, L = ids.shape[0], num_adapters
+    if not kernels_can_route(ids) or not all(makes_table(*key) for key in keys):
+        made = [build_table(*key, ids, sorted_ids, L) for key in keys]
+        if out is None:
+            return made
+        for mine, other in zip(out, made, strict=True):
+            mine.copy_(other.view(mine.shape))
+        return list(out)
+    tables = list(out or ())
+    if out is None:
+        for key in keys:
+            shape = table_shape(*key, M, L)
+            tables.append(torch.empty(shape, dtype=torch.int32, device=ids.device))
+    lora_route_tables(keys, ids, sorted_ids, L, tables)
+    _written(out or ())
+    return tables
+
+
+def table_shape(kind: str, block: int, M: int, L: int) -> tuple[int, ...]:
+    """The shape of a table of M rows and L adapters."""
+    if kind == "tiles":
+        return cdiv(M, block), min(block, L)
+    return (min(M, cdiv(M, block) + L) if kind == "blocks" else min(M, L) + 1,)
 
 
 def build_table(
     kind: str, block: int, ids: Tensor, sorted_ids: Tensor, num_adapters: int
 ) -> Tensor:
-    """One table of a `Routing`: ``"blocks"`` or ``"tiles"`` of ``block`` rows, or ``"segments"``."""
-    M, L, device = ids.shape[0], num_adapters, ids.device
+    """One of `build_tables` by torch: ``"blocks"`` or ``"tiles"`` of ``block`` rows, or ``"segments"``."""
+    M, device = ids.shape[0], ids.device
+    shape = table_shape(kind, block, M, num_adapters)
     if kind == "tiles":
-        tiles, width = cdiv(M, block), min(block, L)
+        tiles, width = shape
         padded = torch.full((tiles * block,), NO_ADAPTER, dtype=torch.int32, device=device)
         padded[:M] = ids
         found = padded.view(tiles, block).sort(dim=1).values
@@ -55,15 +131,13 @@ def build_table(
         column = (first.cumsum(1) - 1).masked_fill(~first, width)  # the last column is a bin
         slots = found.new_full((tiles, width + 1), NO_ADAPTER)
         return slots.scatter_(1, column, found)[:, :width].contiguous()
+    (size,) = shape
     position = torch.arange(M, dtype=torch.int32, device=device)
     new = torch.ones(M, dtype=torch.bool, device=device)
     new[1:] = sorted_ids[1:] != sorted_ids[:-1]
     if kind == "blocks":
         begin = torch.where(new, position, 0).cummax(0).values
         new = (position - begin) % block == 0
-        size = min(M, cdiv(M, block) + L)
-    else:
-        size = min(M, L) + 1
     new &= sorted_ids != NO_ADAPTER
     index = (new.cumsum(0) - 1).masked_fill(~new, size)
     starts = position.new_full((size + 1,), M)
@@ -90,7 +164,7 @@ def _(adapter_ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def all_tables(ids: Tensor, sorted_ids: Tensor, num_adapters: int) -> list[Tensor]:
     """Each of `TABLES`, flat: a dimension of unknown size beside another is one that a compiler guards on."""
-    return [build_table(*key, ids, sorted_ids, num_adapters).flatten() for key in TABLES]
+    return [table.flatten() for table in build_tables(TABLES, ids, sorted_ids, num_adapters)]
 
 
 def unflattened(tables: Sequence[Tensor], num_adapters: int) -> dict[tuple[str, int], Tensor]:

@@ -132,3 +132,32 @@ def multi_grad_config(
     programs = cdiv(K, c.BLOCK_C) * min(L, M)
     splits = max(1, min(cdiv(M, c.BLOCK_M), 2 * num_sms // programs))
     return ReduceConfig(c.BLOCK_M, c.BLOCK_C, splits, c.num_warps, c.num_stages)
+
+
+ROUTE_ROWS = 16384
+"""Most rows that `lora_route_rows` sorts: it compares each two of them, which grows faster than a sort does.
+
+With more rows the layers take so long that the launches of a sort by torch no longer count.
+"""
+
+ROUTE_TILE = 128
+"""Most rows of a tile whose adapters `lora_route_tables` finds: it compares each two rows of a tile."""
+
+
+def route_block(M: int, num_sms: int) -> int:
+    """Rows of a program of `lora_route_rows`: as many as leave two programs an SM, 16 to 64.
+
+    A program reads all ids, so that more rows have fewer reads each; 64 take 16 counters a thread.
+    """
+    block = 16
+    while block < 64 and cdiv(M, block) > 2 * num_sms:
+        block *= 2
+    return block
+
+
+def route_chunk(M: int) -> int:
+    """Positions that a program of `lora_route_tables` takes at a step: all, or 2048, 8 a thread.
+
+    Three sizes alone, so that few kernels are compiled for batches of many lengths.
+    """
+    return 128 if M <= 128 else 512 if M <= 512 else 2048

@@ -176,6 +176,7 @@ def call(case: Case) -> None:
             [[(w, w, lora_A, lora_B, 2.0)] * 4]
         ),
         **multi_launches(case, modules, new),
+        **route_launches(case.M, modules, new),
     }
     launch[case.op]()
 
@@ -229,6 +230,27 @@ def multi_launches(
         "multi_grad": lambda: modules["multi_grad"].lora_multi_grad(
             x, new((M, R), dtype=dtype), mask, ranks, segments, slots, adapter
         ),
+    }
+
+
+def route_launches(
+    M: int, modules: dict[str, Any], new: Callable[..., Tensor], slots: int = 32
+) -> dict[str, Callable[[], object]]:
+    """The launches that route rows: of few rows ids are a column; tables come together or one by one."""
+    ids = new((M,), dtype=torch.int32)
+    given = new((M,), dtype=torch.int64) if M > 64 else new((M, 3), dtype=torch.int32)[:, 1]
+    tables = importlib.import_module("fastlora.routing_ops").TABLES
+
+    def make(*keys: tuple[str, int]) -> None:
+        out = [ids] * len(keys)
+        modules["route_tables"].lora_route_tables(keys, ids, ids, slots, out)
+
+    return {
+        "route_rows": lambda: modules["route_rows"].lora_route_rows(given, slots, (ids, ids, ids)),
+        "route_tables": lambda: make(*tables),
+        "route_blocks": lambda: make(tables[0]),
+        "route_segments": lambda: make(tables[1]),
+        "route_tiles": lambda: make(tables[-1]),
     }
 
 

@@ -45,6 +45,9 @@ from fastlora.kernels.lora_one_pass import lora_one_pass
 from fastlora.kernels.lora_shrink import lora_shrink
 from fastlora.kernels.multi_add import lora_multi_add
 from fastlora.kernels.multi_decode import lora_multi_decode
+from fastlora.kernels.route_rows import lora_route_rows
+from fastlora.kernels.route_tables import lora_route_tables
+from fastlora.routing_ops import TABLES, table_shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -162,6 +165,24 @@ def calls(
                 y = draw(rows, N, dtype=dtype)
                 lora_multi_add(y, s, stack[1], None, (routing.order, routing.sorted_ids))
 
+    def routing() -> None:
+        if dtype is not BF16:
+            return
+        many = (2100,) if DEVICE == "cuda" else ()  # more than one step of a table
+        for rows in (1, 37, *many):
+            given = torch.arange(rows * 2, device=DEVICE).view(rows, 2)[:, 1] % 4 - 1
+            ids, order, sorted_ids = made = tuple(  # type: ignore[misc]
+                torch.empty(rows, dtype=torch.int32, device=DEVICE) for _ in range(3)
+            )
+            valid = lora_route_rows(given, 3, made)
+            tables = [
+                torch.empty(table_shape(*key, rows, 3), dtype=torch.int32, device=DEVICE)
+                for key in TABLES
+            ]
+            lora_route_tables(TABLES, ids, sorted_ids, 3, tables)
+            if not bool(valid) or not torch.equal(given[order.long()].int(), sorted_ids):
+                raise RuntimeError("not sorted: routing")
+
     def merged() -> None:
         step(
             lambda: fastlora.lora_merged_linear(
@@ -201,7 +222,7 @@ def calls(
         outs = [torch.empty_like(weight) for _ in range(3)]
         lora_merge_many([[(weight, out, a.detach(), b.detach(), 0.5) for out in outs]])
 
-    yield from (linear, few_rows, one_pass, multi, merged, embedding, dora, merge)
+    yield from (linear, few_rows, one_pass, multi, routing, merged, embedding, dora, merge)
 
 
 def run(word: str = "") -> collections.Counter[str]:

@@ -43,6 +43,7 @@ OPS = (
 NO_PRODUCT = {
     *("_sum_splits_kernel", "_lora_multi_add_kernel", "_lora_embedding_grad_a_kernel"),
     *("_dora_grad_kernel", "_lora_multi_shrink_rows_kernel"),
+    *("_lora_route_rows_kernel", "_lora_route_tables_kernel"),
 }
 ONE_STEP = {"_lora_merge_kernel", "_lora_merge_many_kernel", "_lora_expand_kernel"}
 
