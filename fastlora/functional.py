@@ -87,7 +87,7 @@ def lora_linear(
         return reference.lora_linear(
             x, weight, lora_A, lora_B,
             bias=bias, scaling=scaling, dropout_p=dropout_p,
-            seed=mask_seed(seed, dropout_p, x.device),
+            seed=mask_seed(seed, dropout_p, x.device), compute=reference.in_place_of_kernels(x),
         )  # fmt: skip
     if not known:
         remember_fused(signature)
@@ -259,11 +259,16 @@ def autocast_linear(
     """Cast x, weight and bias as autocast casts the arguments of a linear; adapters stay as they are."""
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = _cast(x, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
     if weight.dtype != x.dtype:
         raise TypeError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
     return x, weight, bias
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # torch 2.11's compiler takes what `to` gives of a parameter that has the dtype for some subclass.
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _validate(

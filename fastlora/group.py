@@ -105,6 +105,7 @@ def lora_linear_group(
         return reference.lora_linear_group(
             x, weights, lora_As, lora_Bs,
             biases=biases, scaling=scaling, dropout_p=dropout_p, seed=seed,
+            compute=reference.in_place_of_kernels(x),
         )  # fmt: skip
     for signature in () if known else signatures or ():
         remember_fused(signature)

@@ -83,6 +83,7 @@ def lora_merged_linear(
         return reference.lora_merged_linear(
             x, weight, lora_A, lora_B, slices,
             bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,
+            compute=reference.in_place_of_kernels(x),
         )  # fmt: skip
 
     compiling = torch.compiler.is_compiling()

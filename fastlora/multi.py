@@ -85,6 +85,7 @@ def lora_linear_multi(
         y = reference.lora_linear_multi(
             rows, weight, lora_A, lora_B, routing.ids,
             scaling=scaling, ranks=ranks, bias=bias, dropout_p=dropout_p, seed=seed,
+            compute=reference.in_place_of_kernels(x),
         )  # fmt: skip
         return y.view(*x.shape[:-1], weight.shape[0])
 

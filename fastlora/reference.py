@@ -1,7 +1,8 @@
 """The eager twin of every op: specification, oracle of the tests, fallback and baseline.
 
 Everything here is plain PyTorch and differentiable by autograd. Arithmetic is fp32 inside (fp64 for
-fp64 inputs) and rounded once, to the dtype of ``x``.
+fp64 inputs) and rounded once, to the dtype of ``x``; on a GPU that the kernels do not know, products are
+made in the dtype of ``x``, as eager LoRA does.
 """
 
 from __future__ import annotations
@@ -15,76 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.adapter_products import adapter_products
-from fastlora.kernels.config import (
-    DROPOUT_LEVELS,
-    PHILOX_ROUNDS,
-    dropout_threshold,
-    keep_scale,
-)
+from fastlora.dropout_mask import draw_seed as draw_seed
+from fastlora.dropout_mask import dropout_keep_mask as dropout_keep_mask
+from fastlora.kernels.config import keep_scale
 
 MERGE_BLOCK = 1 << 24  # elements that `lora_merge` holds in fp32 at a time
-_SEEDS = 2**63 - 1
-_MASK_32 = 0xFFFFFFFF
-_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """Draw a 0-dim int64 seed from torch's generator of ``device``, without a device sync.
-
-    Drawing it inside forward is what lets activation checkpointing replay the mask, and a captured CUDA
-    graph draw a fresh one at every replay. It is an op that torch.compile knows to be random: it is
-    neither merged with another draw nor recomputed.
-    """
-    return torch.randint(_SEEDS, (), device=device)
-
-
-def _philox_4x32(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32 (Salmon et al., 2011) of counters ``(c0, c1, 0, 0)``, in int64 arithmetic."""
-    k0, k1 = seed & _MASK_32, (seed >> 32) & _MASK_32
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    for _ in range(PHILOX_ROUNDS):
-        # The products wrap around modulo 2**64, which leaves all of their 64 bits right.
-        prod_a, prod_b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0 = ((prod_b >> 32) & _MASK_32) ^ c1 ^ k0
-        c2 = ((prod_a >> 32) & _MASK_32) ^ c3 ^ k1
-        c1, c3 = prod_b & _MASK_32, prod_a & _MASK_32
-        k0, k1 = (k0 + _KEY_A) & _MASK_32, (k1 + _KEY_B) & _MASK_32
-    return c0, c1, c2, c3
-
-
-def dropout_keep_mask(
-    seed: Tensor | int,
-    M: int,
-    K: int,
-    p: float,
-    device: torch.device | str = "cpu",
-    first_row: int = 0,
-) -> Tensor:
-    """The boolean keep mask ``[M, K]`` that the kernels draw for ``seed``.
-
-    Element ``(m, k)`` owns 16 bits of the Philox block whose counter is ``(k // 8, m)``: lane ``k % 8``,
-    low half of word 0 first; the low 14 of them, from which the kernels decide for two elements at once,
-    are its draw. It depends on nothing else, so any tiling and the backward agree.
-
-    Args:
-        seed (Tensor | int): 64-bit seed, as `draw_seed` gives it.
-        M (int): rows of x, its leading dimensions flattened.
-        K (int): in_features.
-        p (float): probability of dropping an element, rounded to a multiple of 2**-14.
-        device (torch.device | str): where the mask is made. Default: ``"cpu"``.
-        first_row (int): the row of x that the mask begins with, for a part of it. Default: 0.
-
-    Returns:
-        Tensor: bool ``[M, K]``, True where the element is kept.
-    """
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
-    # The seed's zero keeps a compiler from folding a constant times an index into 32-bit index arithmetic.
-    groups = (torch.arange((K + 7) // 8, device=device) + (seed & 0)).expand(M, -1)
-    rows = torch.arange(first_row, first_row + M, device=device)[:, None].expand_as(groups)
-    words = torch.stack(_philox_4x32(seed, groups, rows), dim=-1)  # [M, K/8, 4]
-    draws = torch.stack((words, words >> 16), dim=-1) & (DROPOUT_LEVELS - 1)  # [M, K/8, 4, 2]
-    return draws.reshape(M, 8 * groups.shape[-1])[:, :K] >= dropout_threshold(p)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -98,6 +34,16 @@ def no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     if not autocast_available(device_type):
         return contextlib.nullcontext()  # e.g. meta tensors
     return torch.autocast(device_type=device_type, enabled=False)
+
+
+def _products_dtype(x: Tensor, compute: torch.dtype | None) -> torch.dtype:
+    """What a twin computes in: as asked, else fp32, and of fp64 x fp64."""
+    return compute or (torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def in_place_of_kernels(x: Tensor) -> torch.dtype | None:
+    """``compute`` of a twin that runs since kernels cannot: fp32 products take a GPU many times as long."""
+    return None if x.device.type == "cpu" else x.dtype
 
 
 def _drop(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
@@ -121,6 +67,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     seed: Tensor | int | None = None,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
     """``y = x W0^T + bias + scaling * dropout(x) A^T B^T``, eagerly: the twin of `fastlora.lora_linear`.
 
@@ -134,12 +81,13 @@ def lora_linear(
         dropout_p (float): dropout on x, LoRA branch only. Default: 0.0.
         training (bool): whether dropout is active. Default: ``True``.
         seed (Tensor | int | None): seed of the mask; drawn from torch's generator when ``None``.
+        compute (torch.dtype | None): what its products are made in. Default: ``None``, fp32, or fp64 as x.
 
     Returns:
         Tensor: ``(..., N)`` in the dtype of ``x``.
     """
     N, K = weight.shape
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = _products_dtype(x, compute)
     with no_autocast(x.device.type):
         x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
         dropped = _drop(x_c, dropout_p if training else 0.0, seed)
@@ -161,6 +109,7 @@ def lora_linear_group(
     dropout_p: float = 0.0,
     training: bool = True,
     seed: Tensor | int | None = None,
+    compute: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """``y_i = x W_i^T + bias_i + scaling_i * dropout(x) A_i^T B_i^T``: `fastlora.lora_linear_group`.
 
@@ -174,6 +123,7 @@ def lora_linear_group(
         dropout_p (float): dropout on x, LoRA branches only, one mask for all. Default: 0.0.
         training (bool): whether dropout is active. Default: ``True``.
         seed (Tensor | int | None): seed of the mask; drawn from torch's generator when ``None``.
+        compute (torch.dtype | None): as `lora_linear`. Default: ``None``.
 
     Returns:
         tuple[Tensor, ...]: ``(..., N_i)`` for each, in the dtype of x.
@@ -182,7 +132,9 @@ def lora_linear_group(
         seed = draw_seed(x.device)
     n = len(weights)
     scalings = scaling if isinstance(scaling, (list, tuple)) else [scaling] * n
-    options: dict[str, Any] = {"dropout_p": dropout_p, "training": training, "seed": seed}
+    options: dict[str, Any] = {
+        "dropout_p": dropout_p, "training": training, "seed": seed, "compute": compute
+    }  # fmt: skip
     return tuple(
         lora_linear(x, w, a, b, bias=bias, scaling=factor, **options)
         for w, a, b, bias, factor in zip(
@@ -204,6 +156,7 @@ def lora_linear_multi(
     dropout_p: float = 0.0,
     training: bool = True,
     seed: Tensor | int | None = None,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
     """``y[m] = x[m] W0^T + bias + scaling[l] * dropout(x[m]) A[l]^T B[l]^T``, ``l = adapter_ids[m]``.
 
@@ -222,11 +175,12 @@ def lora_linear_multi(
         dropout_p (float): dropout on x, LoRA branch only. Default: 0.0.
         training (bool): whether dropout is active. Default: ``True``.
         seed (Tensor | int | None): seed of the mask; drawn from torch's generator when ``None``.
+        compute (torch.dtype | None): what its products are made in. Default: ``None``, fp32, or fp64 as x.
 
     Returns:
         Tensor: ``[M, N]`` in the dtype of ``x``.
     """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = _products_dtype(x, compute)
     with no_autocast(x.device.type):
         x_c = x.to(compute)
         dropped = _drop(x_c, dropout_p if training else 0.0, seed)
@@ -295,6 +249,7 @@ def lora_merged_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     seed: Tensor | int | None = None,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
     """``x W0^T + bias``, plus ``scaling * dropout(x) A_g^T B_g^T`` on the columns of slice g, eagerly.
 
@@ -310,12 +265,13 @@ def lora_merged_linear(
         dropout_p (float): dropout on x, LoRA branches only, one mask for all. Default: 0.0.
         training (bool): whether dropout is active. Default: ``True``.
         seed (Tensor | int | None): seed of the mask; drawn from torch's generator when ``None``.
+        compute (torch.dtype | None): what its products are made in. Default: ``None``, fp32, or fp64 as x.
 
     Returns:
         Tensor: ``(..., N)`` in the dtype of ``x``.
     """
     N, K = weight.shape
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = _products_dtype(x, compute)
     with no_autocast(x.device.type):
         x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
         dropped = _drop(x_c, dropout_p if training else 0.0, seed)

@@ -219,9 +219,9 @@ def shrink_config(
     With dropout ``BLOCK_M`` stays at 32 so that the product runs on `mma.sync`: with 64 rows and more it
     would be a `wgmma` whose left operand, x after dropout, comes from registers, which ptxas before 13.3 can
     miscompile inside a pipelined loop (triton#9433). The product ``A x^T``, whose masked operand is in
-    shared memory, takes 53 us where this takes 42 (8192 x 4096, rank 16, p = 0.1). With dropout 16 rows
-    are better, for the random numbers want warps: 15 us instead of 25 at 2048 x 4096, 41 instead of 47
-    at 8192 x 4096 (the same figures in one run).
+    shared memory, takes 53 us where this took 42 (8192 x 4096, rank 16, p = 0.1). The random numbers want
+    warps: of few rows 16 are better, 12 us instead of 17 at 2048 x 4096 on one H200, of many 32, 26 us
+    instead of 29 at 8192 x 4096; rank 256 has 83 us with half the columns, 94 without.
 
     Large ranks without dropout take 64 rows where that fills the GPU; us at 8192 x 4096 on one H200, with 32
     rows in brackets: rank 64 22 (32), 128 28 (42), 256 44 (55).
@@ -229,7 +229,10 @@ def shrink_config(
     if precision == "ieee" and itemsize == 4:
         return LaunchConfig(32, 16, 32, num_warps=4, num_stages=3)
     if dropout and itemsize == 2 and R <= 32:
-        return LaunchConfig(16, 16, 256, num_warps=4, num_stages=3)
+        rows = 32 if cdiv(M, 32) > num_sms else 16
+        return LaunchConfig(rows, 16, 256, num_warps=4, num_stages=3)
+    if dropout and itemsize == 2 and R > 128:
+        return LaunchConfig(32, 16, 64, num_warps=4, num_stages=3)
     block_k = 128 if itemsize == 2 and R <= 128 else 64 if R <= 128 else 32
     if a_itemsize > itemsize and 32 < R <= 128:  # what is on its way of A takes twice the room
         return LaunchConfig(32, 16, block_k if R <= 64 else 64, num_warps=4, num_stages=3)
@@ -343,7 +346,9 @@ def grad_ab_config(
     time of the GEMM: 8192 tokens, 4096 -> 4096, rank 16: 54 us alone, of which dx beside it hides some 35.
     Larger ranks read as much of ds and s as of x and dy, which wants more loads on their way: us of both
     kernels on one H200, with the tiles before in brackets: rank 64 388 (409), 128 438 (545), 256 463 (588).
-    Rank 32 without dropout, the whole backward: 470 us, with the tiles of rank 16 494.
+    Rank 32 without dropout, the whole backward: 470 us, with the tiles of rank 16 494. With dropout wider
+    programs that nearly fill the GPU once: 1.21 instead of 1.22 of the floor at 4096 -> 4096 on one H200,
+    1.31 instead of 1.32 of 2048 tokens; where they fill less of it, 1.64 and 1.54 (4096 -> 1024).
     """
     if precision == "ieee" and itemsize == 4:
         return ReduceConfig(16, 32, 1, num_warps=4, num_stages=2)
@@ -356,8 +361,11 @@ def grad_ab_config(
         return ReduceConfig(32, min(block_c, 64), 1, num_warps=4, num_stages=2)
     if R > 32:
         return ReduceConfig(32, 64, 1, num_warps=4 if R <= 128 else 8, num_stages=4)
-    if R > 16 and not dropout and cdiv(K, 64) + cdiv(N, 64) <= num_sms:
+    programs = cdiv(K, 64) + cdiv(N, 64)
+    if R > 16 and not dropout and programs <= num_sms:
         return ReduceConfig(128, 64, 1, num_warps=4, num_stages=4)
+    if dropout and 3 * num_sms < 4 * programs <= 4 * num_sms:
+        return ReduceConfig(64, 64, 1, num_warps=4, num_stages=3)
     return ReduceConfig(64, block_c, 1, num_warps=4, num_stages=3 if block_c > 32 else 4)
 
 

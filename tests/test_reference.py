@@ -121,6 +121,23 @@ def test_dropout_scales_and_masks_the_lora_branch_alone():
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_products_in_the_dtype_of_x_where_kernels_cannot_run(oracle, dtype):
+    """As exact as eager LoRA, which makes them in that dtype as well."""
+    case = oracle.make_case(33, 72, 40, 8, dtype, "cpu", dropout_p=0.25)
+
+    def in_its_dtype(case):
+        seed = oracle.drawn_seed(case.tensors["x"].device)
+        return reference.lora_linear(
+            **case.tensors, scaling=case.scaling, dropout_p=0.25, seed=seed, compute=dtype
+        )
+
+    got, plain, exact = oracle.run(in_its_dtype, case), oracle.plain(case), oracle.exact(case)
+    for name, value in exact.items():
+        assert got[name].dtype == dtype
+        oracle.assert_close(got[name], plain[name], value, dtype, name)
+
+
 def test_eval_mode_ignores_dropout():
     t = make((6,), 16, 8, 4, True)
     y = reference.lora_linear(**t, dropout_p=0.9, training=False)

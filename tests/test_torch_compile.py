@@ -241,6 +241,18 @@ def test_the_eager_twin_recomputes_no_product(oracle, device):
     assert count == [3, 5]  # x A^T, x W^T, s B^T; dy W, dy B, dA, dB and ds A
 
 
+def test_autocast_of_a_model_in_its_dtype_leaves_the_op(device):
+    """There is nothing to cast then: a parameter must stay one, or the eager twin runs in place of the op."""
+    model = injected(device, p=0.25).to(BF16)
+    for layer in (model.q_proj, model.v_proj):
+        layer.lora_A.data, layer.lora_B.data = layer.lora_A.data.float(), layer.lora_B.data.float()
+    x = torch.randn(5, 24, dtype=BF16, device=device)
+    with torch.autocast(device, dtype=BF16):
+        forward, backward = graphs_of(model, x)
+    assert sum("fastlora.lora_linear.default" in name for name in targets(forward)) == 2
+    assert sum("fastlora.lora_linear_backward" in name for name in targets(backward)) == 2
+
+
 def test_autocast(device, path):
     model = injected(device, 0.4)
 
