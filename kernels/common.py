@@ -47,16 +47,24 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def let_next_kernel_start(PDL: tl.constexpr):
-    """Programmatic dependent launch: the next kernel may come onto the GPU beside this one."""
+    """Programmatic dependent launch: the next kernel may come onto the GPU beside this one.
+
+    `tl.extra.cuda.gdc_launch_dependents`, which Triton 3.4 cannot compile; likewise `gdc_wait` below.
+    """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
     """The other half of it: wait until the kernel before is complete, its writes included."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -146,19 +154,35 @@ def scale_columns(acc, g_ptr, offs_n, N):
 
 
 @triton.jit
+def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile."""
+    return acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _store_halves(desc, acc, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    desc.store([start_m, start_n], left.to(desc.dtype))  # [BLOCK_M, BLOCK_N / 2]
+    desc.store([start_m, start_n + BLOCK_N // 2], right.to(desc.dtype))
+
+
+@triton.jit
 def store_tile(
     desc, acc, start_m, start_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile by TMA, whole or in 2 or 4 parts, one after the other in a part's shared memory."""
+    """Store a tile by TMA, whole or in 2 or 4 parts, one after the other in a part's shared memory.
+
+    Not by recursion: Triton 3.4, looking for what a function calls, would not come to an end.
+    """
     if SUBTILES == 1:
         desc.store([start_m, start_n], acc.to(desc.dtype))  # [BLOCK_M, BLOCK_N]
+    elif SUBTILES == 2:
+        _store_halves(desc, acc, start_m, start_n, BLOCK_M, BLOCK_N)
     else:
-        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        store_tile(desc, left, start_m, start_n, BLOCK_M, BLOCK_N // 2, SUBTILES // 2)
-        store_tile(
-            desc, right, start_m, start_n + BLOCK_N // 2, BLOCK_M, BLOCK_N // 2, SUBTILES // 2
-        )
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        _store_halves(desc, left, start_m, start_n, BLOCK_M, BLOCK_N // 2)
+        _store_halves(desc, right, start_m, start_n + BLOCK_N // 2, BLOCK_M, BLOCK_N // 2)
 
 
 @triton.jit

@@ -221,7 +221,7 @@ def shrink_config(
     miscompile inside a pipelined loop (triton#9433). The product ``A x^T``, whose masked operand is in
     shared memory, takes 53 us where this took 42 (8192 x 4096, rank 16, p = 0.1). The random numbers want
     warps: of few rows 16 are better, 12 us instead of 17 at 2048 x 4096 on one H200, of many 32, 26 us
-    instead of 29 at 8192 x 4096; rank 256 has 83 us with half the columns, 94 without.
+    instead of 29 at 8192 x 4096; rank 256 82 us with 64 columns, 95 with 32.
 
     Large ranks without dropout take 64 rows where that fills the GPU; us at 8192 x 4096 on one H200, with 32
     rows in brackets: rank 64 22 (32), 128 28 (42), 256 44 (55).
@@ -231,7 +231,7 @@ def shrink_config(
     if dropout and itemsize == 2 and R <= 32:
         rows = 32 if cdiv(M, 32) > num_sms else 16
         return LaunchConfig(rows, 16, 256, num_warps=4, num_stages=3)
-    if dropout and itemsize == 2 and R > 128:
+    if dropout and itemsize == 2 and R > 64:
         return LaunchConfig(32, 16, 64, num_warps=4, num_stages=3)
     block_k = 128 if itemsize == 2 and R <= 128 else 64 if R <= 128 else 32
     if a_itemsize > itemsize and 32 < R <= 128:  # what is on its way of A takes twice the room

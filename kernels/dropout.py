@@ -99,13 +99,6 @@ def _word(bits, PAIR: tl.constexpr):
 
 
 @triton.jit
-def words_of(bits):
-    """The words of `draw_words`, from bytes."""
-    bits = bits.to(tl.uint32)
-    return _word(bits, 0), _word(bits, 1), _word(bits, 2), _word(bits, 3)
-
-
-@triton.jit
 def where_kept(x, words, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """``x [BLOCK_M, BLOCK_K]`` where the words say so, and 0 elsewhere.
 
@@ -126,45 +119,8 @@ def where_kept(x, words, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     return x
 
 
-@triton.jit
-def unpack_bits(bits, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``[BLOCK_M, BLOCK_K / 8]`` bytes to the boolean tile ``[BLOCK_M, BLOCK_K]``, for fp32 sums."""
-    lanes = tl.arange(0, 8)[None, None, :]
-    return (((bits[:, :, None] >> lanes) & 1) != 0).reshape(BLOCK_M, BLOCK_K)
-
-
-@triton.jit
-def load_bits(
-    mask_ptr, offs_m, col_start, M, K,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WORD: tl.constexpr = 1,
-):  # fmt: skip
-    """``[BLOCK_M, BLOCK_K / 8]`` packed bytes from the mask ``[M, ceil(K / 8)]``; 0 outside of it.
-
-    ``col_start`` is a multiple of 8, and of BLOCK_K where `mask_word` gives WORD as 4.
-    """
-    row_bytes = (K + 7) // 8
-    if WORD == 4:
-        offs_w = col_start // 32 + tl.arange(0, BLOCK_K // 32)
-        words = tl.load(
-            mask_ptr.to(tl.pointer_type(tl.int32))
-            + offs_m.to(tl.int64)[:, None] * (K // 32) + offs_w[None, :],
-            mask=(offs_m[:, None] < M) & (offs_w[None, :] < K // 32),
-            other=0,
-        )  # [BLOCK_M, BLOCK_K/32]  # fmt: skip
-        shifts = tl.arange(0, 4)[None, None, :] * 8
-        bits = ((words[:, :, None] >> shifts) & 0xFF).reshape(BLOCK_M, BLOCK_K // 8)
-    else:
-        offs_g = col_start // 8 + tl.arange(0, BLOCK_K // 8)
-        bits = tl.load(
-            mask_ptr + offs_m.to(tl.int64)[:, None] * row_bytes + offs_g[None, :],
-            mask=(offs_m[:, None] < M) & (offs_g[None, :] < row_bytes),
-            other=0,
-        ).to(tl.int32)  # [BLOCK_M, BLOCK_K/8]
-    return bits
-
-
 def mask_word(mask: Tensor | None, K: int) -> int:
-    """Bytes of the mask of K columns to be loaded at once, 0 without one.
+    """Bytes of the mask of K columns to be loaded at once, 0 without one: WORD of the functions below.
 
     A pipelined loop loads ahead what has 4 bytes, and waits for what has one.
     """
@@ -174,11 +130,43 @@ def mask_word(mask: Tensor | None, K: int) -> int:
 
 
 @triton.jit
-def load_keep(mask_ptr, offs_m, col_start, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The boolean keep tile ``[BLOCK_M, BLOCK_K]`` from the packed mask ``[M, ceil(K / 8)]``.
+def load_packed(mask_ptr, offs_m, col_start, M, K, BLOCK_K: tl.constexpr, WORD: tl.constexpr):
+    """A tile of the mask ``[M, ceil(K / 8)]`` as it is stored, WORD bytes in an element; 0 outside of it.
+
+    ``col_start`` is a multiple of BLOCK_K.
+    """
+    columns: tl.constexpr = 8 * WORD
+    row_words = (K + columns - 1) // columns
+    offs_w = col_start // columns + tl.arange(0, BLOCK_K // columns)
+    if WORD == 4:
+        mask_ptr = mask_ptr.to(tl.pointer_type(tl.int32))
+    return tl.load(
+        mask_ptr + offs_m.to(tl.int64)[:, None] * row_words + offs_w[None, :],
+        mask=(offs_m[:, None] < M) & (offs_w[None, :] < row_words),
+        other=0,
+    ).to(tl.int32)  # [BLOCK_M, BLOCK_K / (8 WORD)]
+
+
+@triton.jit
+def keep_tile(packed, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WORD: tl.constexpr):
+    """The boolean tile ``[BLOCK_M, BLOCK_K]`` of what `load_packed` gave, for sums in fp32.
 
     Rows past M are False; so are columns past K, but for those that share K's last byte, which are draws
     like any other.
     """
-    bits = load_bits(mask_ptr, offs_m, col_start, M, K, BLOCK_M, BLOCK_K)
-    return unpack_bits(bits, BLOCK_M, BLOCK_K)
+    bit = (1 << tl.arange(0, 8 * WORD))[None, None, :]
+    return ((packed[:, :, None] & bit) != 0).reshape(BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def load_words(
+    mask_ptr, offs_m, col_start, M, K,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WORD: tl.constexpr,
+):  # fmt: skip
+    """The words of `draw_words` for a tile of the mask, loaded as `load_packed` does."""
+    packed = load_packed(mask_ptr, offs_m, col_start, M, K, BLOCK_K, WORD)
+    if WORD == 4:
+        shifts = tl.arange(0, 4)[None, None, :] * 8
+        packed = ((packed[:, :, None] >> shifts) & 0xFF).reshape(BLOCK_M, BLOCK_K // 8)
+    bits = packed.to(tl.uint32)  # [BLOCK_M, BLOCK_K/8]
+    return _word(bits, 0), _word(bits, 1), _word(bits, 2), _word(bits, 3)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from .common import add_bias, add_rank_product, dot_precision, multiple, strides, tile_of
 from .config import cdiv, expand_config, rank_step, vector
-from .dropout import load_keep
+from .dropout import keep_tile, load_packed, mask_word
 from .launch import Launch, cached_plan
 
 
 @triton.jit
 def _lora_expand_kernel(
     s_ptr, b_ptr, mask_ptr, bias_ptr, u_ptr, M, N, R, stride_sm, stride_bn, stride_br,
-    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_WORD: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     R_VECTOR: tl.constexpr, SM_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
@@ -27,14 +27,17 @@ def _lora_expand_kernel(
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if MASK_WORD > 0:
+        packed = load_packed(mask_ptr, offs_m, tile_n * BLOCK_N, M, N, BLOCK_N, MASK_WORD)
     acc = add_rank_product(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), s_ptr, b_ptr,
         offs_m, offs_m[:, None] < M, offs_n, N, R, R_STEPS * BLOCK_R,
         stride_sm, stride_bn, stride_br, u_ptr.dtype.element_ty, PRECISION, BLOCK_R,
     )  # fmt: skip
-    if HAS_DROPOUT:
-        keep = load_keep(mask_ptr, offs_m, tile_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
-        acc = tl.where(keep, acc, 0.0)  # [BLOCK_M, BLOCK_N]
+    if MASK_WORD > 0:
+        acc = tl.where(
+            keep_tile(packed, BLOCK_M, BLOCK_N, MASK_WORD), acc, 0.0
+        )  # [BLOCK_M, BLOCK_N]
     if HAS_BIAS:
         acc = add_bias(acc, bias_ptr, offs_n, N)
     tl.store(
@@ -52,7 +55,7 @@ def _plan(
     dtypes: tuple[torch.dtype | None, ...],
     s_stride: int,
     device: torch.device,
-    has_dropout: bool,
+    word: int,
     precision: str,
 ) -> Launch:
     (N, R), itemsize = shape, dtypes[0].itemsize  # type: ignore[union-attr]
@@ -60,7 +63,7 @@ def _plan(
     return Launch(
         _lora_expand_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
         M, N, R, s_stride, *strides(shape, stride),
-        fixed=True, HAS_DROPOUT=has_dropout, HAS_BIAS=dtypes[2] is not None, PRECISION=precision,
+        fixed=True, MASK_WORD=word, HAS_BIAS=dtypes[2] is not None, PRECISION=precision,
         R_VECTOR=vector(R), SM_VECTOR=vector(s_stride),
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, GROUP_M=c.GROUP_M,
         R_STEPS=cdiv(R, block_r), BLOCK_R=block_r, num_warps=c.num_warps, num_stages=c.num_stages,
@@ -86,7 +89,7 @@ def lora_expand(
     launch = _plan(
         M, lora_B.shape, lora_B.stride(),
         (s.dtype, lora_B.dtype, None if bias is None else bias.dtype),
-        s.stride(0), s.device, mask is not None, dot_precision(s.dtype),
+        s.stride(0), s.device, mask_word(mask, N), dot_precision(s.dtype),
     )  # fmt: skip
     u = s.new_empty((M, N))
     launch(s, lora_B, mask, bias, u)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .common import device_properties, dot, dot_precision, multiple, strides
 from .config import cdiv, grad_a_config, rank_block, vector
-from .dropout import load_bits, mask_word, where_kept, words_of
+from .dropout import load_words, mask_word, where_kept
 from .launch import Launch, cached_plan
 from .reduce import sum_splits
 from .tuned import choose
@@ -48,8 +48,8 @@ def _lora_grad_a_kernel(
             other=0.0,
         )  # [BLOCK_R, BLOCK_M]
         if MASK_WORD > 0:
-            bits = load_bits(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C, MASK_WORD)
-            x = where_kept(x, words_of(bits), BLOCK_M, BLOCK_C)
+            words = load_words(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C, MASK_WORD)
+            x = where_kept(x, words, BLOCK_M, BLOCK_C)
         acc = dot(ds, x, acc, PRECISION)  # [BLOCK_R, BLOCK_C]
     part = parts_ptr + tl.program_id(1).to(tl.int64) * R * K
     tl.store(

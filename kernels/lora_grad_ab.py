@@ -18,7 +18,7 @@ from .common import (
     wait_for_previous_kernel,
 )
 from .config import cdiv, grad_ab_config, rank_block, vector
-from .dropout import load_bits, mask_word, where_kept, words_of
+from .dropout import load_words, mask_word, where_kept
 from .launch import Launch, cached_plan
 from .lora_one_pass import Ready, wait_until_all_ready
 from .tuned import choose
@@ -52,8 +52,8 @@ def _sum_over_rows(
             other=0.0,
         )  # [BLOCK_R, BLOCK_M]
         if MASK_WORD > 0:
-            bits = load_bits(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C, MASK_WORD)
-            x = where_kept(x, words_of(bits), BLOCK_M, BLOCK_C)
+            words = load_words(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C, MASK_WORD)
+            x = where_kept(x, words, BLOCK_M, BLOCK_C)
         acc = dot(ds, x, acc, PRECISION)  # [BLOCK_R, BLOCK_C]
     tl.store(
         out_ptr + offs_r[:, None].to(tl.int64) * stride_or + offs_k[None, :] * stride_ok,

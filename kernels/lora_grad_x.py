@@ -28,7 +28,7 @@ from .common import (
     wait_for_previous_kernel,
 )
 from .config import cdiv, gemm_boxes, gemm_pointer_config, gemm_tma_config, rank_step, vector
-from .dropout import load_keep
+from .dropout import keep_tile, load_packed, mask_word
 from .launch import Launch, cached_plan
 from .tuned import choose
 
@@ -36,22 +36,25 @@ from .tuned import choose
 @triton.jit
 def _rank_product(
     ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_dsm, stride_ar, stride_ak,
-    DTYPE: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, MASK_WORD: tl.constexpr, PRECISION: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``mask * (ds A)`` for one tile of dx: the accumulator that ``dy W0`` is then added to.
 
     It comes before the GEMM because the mask must not touch ``dy W0``, and a second accumulator would
-    not fit in registers. ds carries scaling and 1 / (1 - p) already.
+    not fit in registers. ds carries scaling and 1 / (1 - p) already. The mask is loaded before the product
+    waits for its operands.
     """
+    if MASK_WORD > 0:
+        packed = load_packed(mask_ptr, offs_m, start_k, M, K, BLOCK_N, MASK_WORD)
     acc = add_rank_product(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), ds_ptr, a_ptr,
         offs_m, offs_m[:, None] < M, start_k.to(tl.int64) + tl.arange(0, BLOCK_N),
         K, R, R_STEPS * BLOCK_R, stride_dsm, stride_ak, stride_ar,
         DTYPE, PRECISION, BLOCK_R,
     )  # fmt: skip
-    if HAS_DROPOUT:
-        acc = tl.where(load_keep(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_N), acc, 0.0)
+    if MASK_WORD > 0:
+        acc = tl.where(keep_tile(packed, BLOCK_M, BLOCK_N, MASK_WORD), acc, 0.0)
     return acc
 
 
@@ -97,7 +100,7 @@ def _lora_grad_x_tma_kernel(
 def _lora_grad_x_dropout_kernel(
     dy_desc, w_desc, dx_desc, ds_ptr, a_ptr, mask_ptr,
     M, N, K, R, stride_dsm, stride_ar, stride_ak,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, BESIDE: tl.constexpr,
+    MASK_WORD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, BESIDE: tl.constexpr,
     R_VECTOR: tl.constexpr, DS_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
@@ -117,7 +120,7 @@ def _lora_grad_x_dropout_kernel(
         acc = _rank_product(
             ds_ptr, a_ptr, mask_ptr, start_m.to(tl.int64) + tl.arange(0, BLOCK_M), start_k,
             M, K, R, stride_dsm, stride_ar, stride_ak,
-            dx_desc.dtype, True, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
+            dx_desc.dtype, MASK_WORD, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         for n in range(0, tl.cdiv(N, BLOCK_K)):
             dy = dy_desc.load([start_m, n * BLOCK_K])  # [BLOCK_M, BLOCK_K]
@@ -132,7 +135,7 @@ def _lora_grad_x_dropout_kernel(
 def _lora_grad_x_pointer_kernel(
     dy_ptr, w_ptr, dx_ptr, ds_ptr, a_ptr, mask_ptr,
     M, N, K, R, stride_dym, stride_dyn, stride_wn, stride_wk, stride_dsm, stride_ar, stride_ak,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_WORD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +147,7 @@ def _lora_grad_x_pointer_kernel(
     offs_k = start_k.to(tl.int64) + tl.arange(0, BLOCK_N)
     acc = _rank_product(
         ds_ptr, a_ptr, mask_ptr, offs_m, start_k, M, K, R, stride_dsm, stride_ar, stride_ak,
-        dx_ptr.dtype.element_ty, HAS_DROPOUT, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
+        dx_ptr.dtype.element_ty, MASK_WORD, PRECISION, R_STEPS, BLOCK_R, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc = add_frozen_product(
         acc, dy_ptr, w_ptr, offs_m, offs_k, M, K, N, stride_dym, stride_dyn, stride_wk, stride_wn,
@@ -168,7 +171,7 @@ def _plan(
     a_dtype: torch.dtype,
     ds_stride: int,
     device: torch.device,
-    has_dropout: bool,
+    word: int,
     is_aligned: bool,
     precision: str,
     beside: bool,
@@ -180,13 +183,13 @@ def _plan(
     fits = is_aligned and dense and K * itemsize % 16 == 0
     by_tma = has_tma(major) and precision == "tf32" and fits
     c = (
-        gemm_tma_config(M, K, itemsize, num_sms, R if has_dropout else None, beside)
+        gemm_tma_config(M, K, itemsize, num_sms, R if word > 0 else None, beside)
         if by_tma
         else gemm_pointer_config(itemsize, precision)
     )
     c = choose(
         "lora_grad_x_tma" if by_tma else "lora_grad_x_pointer", c, device, itemsize, precision, R,
-        {"M": M, "K": K, "N": N}, dropout=has_dropout, beside=beside, fp32_adapters=a_dtype != dtype,
+        {"M": M, "K": K, "N": N}, dropout=word > 0, beside=beside, fp32_adapters=a_dtype != dtype,
         dy_strided=stride[1] != 1, w_strided=w_stride[1] != 1,
     )  # fmt: skip
     options: dict[str, Any] = {
@@ -203,14 +206,14 @@ def _plan(
         return False, True, Launch(
             _lora_grad_x_pointer_kernel, (tiles,), device, *sizes,
             *strides(shape, stride), *strides((N, K), w_stride), ds_stride, *a_strides,
-            HAS_DROPOUT=has_dropout, **ranks, **options,
+            MASK_WORD=word, **ranks, **options,
         )  # fmt: skip
     pdl, grid = has_pdl(device), (min(num_sms, tiles),)
     options |= {"SUBTILES": c.SUBTILES, "PDL": pdl, "launch_pdl": pdl, "BESIDE": beside}
-    if has_dropout:
+    if word > 0:
         return True, True, Launch(
             _lora_grad_x_dropout_kernel, grid, device, *sizes, ds_stride, *a_strides,
-            boxes=gemm_boxes(c, nk=False), R_VECTOR=vector(R), DS_VECTOR=vector(ds_stride),
+            boxes=gemm_boxes(c, nk=False), MASK_WORD=word, R_VECTOR=vector(R), DS_VECTOR=vector(ds_stride),
             **ranks, **options,
         )  # fmt: skip
     boxes = gemm_boxes(c, nk=False, rank_product=True)
@@ -250,7 +253,7 @@ def lora_grad_x(
     (M, N), K = dy.shape, lora_A.shape[1]
     by_tma, described, launch = _plan(
         dy.shape, dy.stride(), dy.dtype, weight.stride(), lora_A.shape, lora_A.stride(),
-        lora_A.dtype, ds.stride(0), dy.device, mask is not None, aligned(dy, weight),
+        lora_A.dtype, ds.stride(0), dy.device, mask_word(mask, K), aligned(dy, weight),
         dot_precision(dy.dtype, N), beside,
     )  # fmt: skip
     if not (described and (mask is not None or aligned(ds, lora_A) or not by_tma)):

@@ -31,7 +31,7 @@ from .common import (
 )
 from .config import LaunchConfig, cdiv, gemm_boxes, gemm_pointer_config, next_power_of_2, rank_step
 from .config_multi import multi_decode_config, multi_gathers, multi_gemm_tma_config, slots_at_once
-from .dropout import load_keep
+from .dropout import keep_tile, load_packed, mask_word
 from .launch import Launch, cached_plan
 from .multi_gemm_ring import lora_multi_gemm_ring
 from .multi_slots import add_slot_products
@@ -41,7 +41,7 @@ from .multi_slots import add_slot_products
 def _lora_multi_gemm_tma_kernel(
     x_desc, w_desc, y_desc, s_ptr, b_ptr, bias_ptr, mask_ptr, ids_ptr, slots_ptr, ranks_ptr,
     M, N, K, R, width, stride_sm, stride_bl, stride_bn, stride_br,
-    W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, MASK_WORD: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -54,7 +54,7 @@ def _lora_multi_gemm_tma_kernel(
     between ptxas would wait for every wgmma of a loop that begins with its result. Not flattened, as
     `_lora_grad_x_dropout_kernel`.
     """
-    if HAS_DROPOUT:
+    if MASK_WORD > 0:
         wait_for_previous_kernel(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -63,15 +63,15 @@ def _lora_multi_gemm_tma_kernel(
         offs_m = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
         offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if HAS_DROPOUT:
+        if MASK_WORD > 0:
+            _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
+            drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
+            packed = load_packed(mask_ptr, drawn, start_n, M, N, BLOCK_N, MASK_WORD)
             acc = add_slot_products(
                 acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
                 stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, WIDTH, SLOTS, BLOCK_R,
             )  # fmt: skip
-            _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
-            drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
-            keep = load_keep(mask_ptr, drawn, start_n, M, N, BLOCK_M, BLOCK_N)
-            acc = tl.where(keep, acc, 0.0)
+            acc = tl.where(keep_tile(packed, BLOCK_M, BLOCK_N, MASK_WORD), acc, 0.0)
         for k in range(0, tl.cdiv(K, BLOCK_K)):
             x = x_desc.load([start_m, k * BLOCK_K])  # [BLOCK_M, BLOCK_K]
             if W_IS_NK:  # noqa: SIM108 - the branches differ in type before the transpose
@@ -79,7 +79,7 @@ def _lora_multi_gemm_tma_kernel(
             else:
                 w = w_desc.load([k * BLOCK_K, start_n])  # [BLOCK_K, BLOCK_N]
             acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
-        if not HAS_DROPOUT:
+        if MASK_WORD == 0:
             wait_for_previous_kernel(PDL)
             acc = add_slot_products(
                 acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
@@ -95,7 +95,7 @@ def _lora_multi_gemm_pointer_kernel(
     x_ptr, w_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, mask_ptr, ids_ptr, slots_ptr, ranks_ptr,
     M, N, K, R, width, stride_xm, stride_xk, stride_wn, stride_wk,
     stride_sm, stride_bl, stride_bn, stride_br,
-    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MASK_WORD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
@@ -110,21 +110,21 @@ def _lora_multi_gemm_pointer_kernel(
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if HAS_DROPOUT:
+    if MASK_WORD > 0:
+        _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
+        drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
+        packed = load_packed(mask_ptr, drawn, start_n, M, N, BLOCK_N, MASK_WORD)
         acc = add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
             stride_sm, stride_bl, stride_bn, stride_br,
             y_ptr.dtype.element_ty, PRECISION, WIDTH, SLOTS, BLOCK_R,
         )  # fmt: skip
-        _, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
-        drawn = tl.where(ranks > 0, offs_m, M)  # other rows have no mask
-        keep = load_keep(mask_ptr, drawn, start_n, M, N, BLOCK_M, BLOCK_N)
-        acc = tl.where(keep, acc, 0.0)
+        acc = tl.where(keep_tile(packed, BLOCK_M, BLOCK_N, MASK_WORD), acc, 0.0)
     acc = add_frozen_product(
         acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
         PRECISION, BLOCK_K,
     )  # fmt: skip
-    if not HAS_DROPOUT:
+    if MASK_WORD == 0:
         acc = add_slot_products(
             acc, s_ptr, b_ptr, ids_ptr, slots_ptr, ranks_ptr, tile_m, offs_m, offs_n, M, N, R, width,
             stride_sm, stride_bl, stride_bn, stride_br,
@@ -208,7 +208,7 @@ def _plan(
     device: torch.device,
     width: int,
     has_bias: bool,
-    has_dropout: bool,
+    word: int,
     precision: str,
 ) -> Launch:
     (M, K), (_, N, R) = shape, b_shape
@@ -216,7 +216,7 @@ def _plan(
     tiles = cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)
     block_r = min(rank_step(R, dtype.itemsize), 32)  # adapters of lower rank pad less
     options: dict[str, Any] = {
-        "HAS_BIAS": has_bias, "HAS_DROPOUT": has_dropout, "PRECISION": precision,
+        "HAS_BIAS": has_bias, "MASK_WORD": word, "PRECISION": precision,
         "BLOCK_M": c.BLOCK_M, "BLOCK_N": c.BLOCK_N,
         "BLOCK_K": c.BLOCK_K, "GROUP_M": c.GROUP_M, "BLOCK_R": block_r, "WIDTH": next_power_of_2(width),
 "SLOTS": slots_at_once(width, block_r, dtype.itemsize, b_dtype.itemsize),
@@ -274,7 +274,8 @@ def lora_multi_gemm(
             return made
     launch = _plan(
         kind, c, x.shape, x.stride(), x.dtype, weight.stride(), lora_B.shape, lora_B.stride(),
-        lora_B.dtype, s.stride(), x.device, slots.shape[1], bias is not None, mask is not None,
+        lora_B.dtype, s.stride(), x.device, slots.shape[1], bias is not None,
+        mask_word(mask, lora_B.shape[1]),
         dot_precision(x.dtype, x.shape[1]),
     )  # fmt: skip
     y = torch.empty((x.shape[0], lora_B.shape[1]), dtype=x.dtype, device=x.device)

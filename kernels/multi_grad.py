@@ -10,7 +10,7 @@ from torch import Tensor
 from .common import device_properties, dot, dot_precision, rank_of, strides
 from .config import cdiv, rank_block
 from .config_multi import multi_grad_config
-from .dropout import load_bits, mask_word, where_kept, words_of
+from .dropout import load_words, mask_word, where_kept
 from .launch import Launch, cached_plan
 from .reduce import sum_splits
 
@@ -54,8 +54,8 @@ def _lora_multi_grad_kernel(
                 other=0.0,
             )  # [BLOCK_R, BLOCK_M]
             if MASK_WORD > 0:
-                bits = load_bits(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C, MASK_WORD)
-                x = where_kept(x, words_of(bits), BLOCK_M, BLOCK_C)
+                words = load_words(mask_ptr, offs_m, start_k, M, K, BLOCK_M, BLOCK_C, MASK_WORD)
+                x = where_kept(x, words, BLOCK_M, BLOCK_C)
             acc = dot(ds, x, acc, PRECISION)  # [BLOCK_R, BLOCK_C]
         part = parts_ptr + tl.program_id(2).to(tl.int64) * size + slot * R * K
         tl.store(

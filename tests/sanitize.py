@@ -2,9 +2,9 @@
 
 ``compute-sanitizer --tool memcheck --report-api-errors no python tests/sanitize.py`` (a kernel's parameters
 are asked for until the driver says that there is no more, which is an error to it), likewise ``racecheck``;
-``initcheck`` with ``--pointers``, for it takes what TMA has written for unwritten. Run it once without a sanitizer, so that the
-kernels are in Triton's cache. Each tensor is an allocation of its own, so that
-a read past the end of one is not a read of its neighbour. Exits with 1 if a kernel of this GPU has not run.
+``initcheck`` with ``--pointers``, for it takes what TMA has written for unwritten. Run it once without a
+sanitizer, so that the kernels are in Triton's cache. Each tensor is an allocation of its own, so that a read
+past the end of one is not a read of its neighbour. Exits with 1 if a kernel of this GPU has not run.
 """
 
 from __future__ import annotations
