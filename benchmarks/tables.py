@@ -340,8 +340,10 @@ def ms_of(samples: Any) -> float:
 
 
 SUITE_TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
-    "train": {"train": train, "train-forward": train_forward, "sweep": sweep,
+    "train": {"train": train, "train-forward": train_forward, "sweep": sweep, "train-sweep": sweep,
               "memory": memory, "host": host, "train-worst": worst, "train-run": machine},
+    # The other cases, where they were measured on other sources than the table.
+    "sweep": {"sweep": sweep, "sweep-worst": worst, "sweep-run": machine},
     "serve": {"serve": serve, "serve-graph": serve_graph, "serve-eager": serve_eager,
               "mixed-training": mixed_training,
               "serve-worst": worst, "serve-run": machine},
@@ -426,7 +428,7 @@ def small(picture: bytes) -> bytes:
 def draw(name: str) -> None:
     """The suite's plots, as ``docs/CARD_*.png``: the name of the set up to its date."""
     card = name.partition("-")[0]
-    for suite in SUITE_TABLES:
+    for suite in ("train", "serve", "model"):
         path = KEPT / f"{name}-{suite}.jsonl"
         if not path.exists():
             continue

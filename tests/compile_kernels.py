@@ -290,7 +290,10 @@ def serialized(kernel: Any) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(kernel.asm["ptx"])
-        for name in ("ptxas", "ptxas_blackwell"):  # the first may be too old for what Triton 3.9 writes
+        for name in (
+            "ptxas",
+            "ptxas_blackwell",
+        ):  # the first may be too old for what Triton 3.9 writes
             ptxas = getattr(triton.knobs.nvidia, name).path
             args = [ptxas, "-v", "-arch=sm_90a", str(ptx), "-o", str(Path(folder, "out"))]
             done = subprocess.run(args, capture_output=True, text=True, check=False)
