@@ -108,9 +108,7 @@ def where_kept(x, words, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     lane = tl.arange(0, 8)[None, None, :]
     left = tl.where(lane < 2, w0[:, :, None], w1[:, :, None])
     right = tl.where(lane < 6, w2[:, :, None], w3[:, :, None])
-    word = tl.where(
-        lane < 4, left, right
-    )  # not tl.join: for that the product's layout is a worse one
+    word = tl.where(lane < 4, left, right)  # by tl.join the product would have a worse layout
     half = (word >> lane % 2 * 16).to(tl.uint16).reshape(BLOCK_M, BLOCK_K)
     if x.dtype.primitive_bitwidth == 16:
         x = (x.to(tl.uint16, bitcast=True) & half).to(x.dtype, bitcast=True)
