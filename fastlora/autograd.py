@@ -6,6 +6,7 @@ for torch.compile.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastlora.kernels.common import for_tma
 from fastlora.kernels.config import dropout_threshold, keep_scale
+from fastlora.kernels.launch import recording
 from fastlora.kernels.lora_decode import lora_decode
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
@@ -22,7 +24,7 @@ from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.kernels.lora_one_pass import fits_one_pass, lora_one_pass
 from fastlora.kernels.lora_product import (
     DECODE,
-    FUSED,
+    ON_TOP,
     ONE_PASS,
     adds_frozen_product,
     forward_way,
@@ -31,7 +33,7 @@ from fastlora.kernels.lora_product import (
 )
 from fastlora.kernels.lora_shrink import lora_shrink
 from fastlora.reference import draw_seed
-from fastlora.replay import replayed
+from fastlora.replay import replayed, saving_is_watched
 
 _EAGERLY = "; run this part eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
 
@@ -44,6 +46,42 @@ def factor_on(
         return scaling
     # On a GPU the kernels read it. A scalar on the CPU beside them is read here, which syncs nothing.
     return scaling_tensor if scaling_tensor.device == device else float(scaling_tensor)
+
+
+class _Unfinished(threading.local):
+    """The product of y, left by a forward to whoever saves tensors before it.
+
+    Activation checkpointing ends a recomputation as soon as its last tensor is saved. In the last layer of
+    what it recomputes that is before y, if what backward needs is saved before y is made.
+    """
+
+    def __init__(self) -> None:
+        self.left: list[Callable[[], object]] | None = None
+
+    def leave(self, rest: Callable[[], object]) -> None:
+        """Do the rest of a forward: when its tensors are saved, or now, where nobody waits for that."""
+        if recording.tape is not None:
+            recording.tape.saving_comes_here()
+        elif self.left is not None:
+            self.left.append(rest)
+            return
+        rest()
+
+    def after(self, save: Callable[[], Any]) -> Any:
+        """What ``save`` gives, which runs a forward and saves its tensors; then do the rest."""
+        left: list[Callable[[], object]] = []
+        self.left = left
+        try:
+            made = save()
+        finally:
+            self.left = None
+        with torch.no_grad():
+            for rest in left:
+                rest()
+        return made
+
+
+unfinished = _Unfinished()
 
 
 def fused_forward(
@@ -66,13 +104,18 @@ def fused_forward(
     way = forward_way(x, weight, lora_A.shape[0], dropout_p)
     if way is DECODE:
         return (*lora_decode(x, weight, lora_A, lora_B, factor, bias), None)
-    if way is ONE_PASS:
+    y_later = saving_is_watched()
+    if way is ONE_PASS and not y_later:
         return (*lora_one_pass(x, weight, lora_A, lora_B, factor, bias)[:2], None)
-    if lora_B.dtype != x.dtype and way is FUSED:
+    if lora_B.dtype != x.dtype and way is not ON_TOP:
         # Before s is made: the product begins beside the kernel that makes it.
         lora_B = for_tma(lora_B, x.dtype)
     s, mask = lora_shrink(x, lora_A, factor, dropout_p, seed, product_columns=weight.shape[0])
-    return lora_y(x, weight, s, lora_B, bias), s, mask
+    if not y_later:
+        return lora_y(x, weight, s, lora_B, bias), s, mask
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    unfinished.leave(lambda: lora_y(x, weight, s, lora_B, bias, y))
+    return y, s, mask
 
 
 def fused_backward(
@@ -250,6 +293,13 @@ class LoRALinearFunction(KernelFunction):
     """``y = x W0^T + bias + scaling * dropout(x) A^T B^T``, x ``(..., K)``, with s and the mask beside it."""
 
     NUMBER = 7
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Call it; where saving is watched, save what backward needs before y is made."""
+        if not saving_is_watched() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return unfinished.after(lambda: super(LoRALinearFunction, cls).apply(*args))
 
     @staticmethod
     def forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:

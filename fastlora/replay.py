@@ -21,8 +21,15 @@ from fastlora.kernels import native
 from fastlora.kernels.launch import current_device, current_stream, profiled
 from fastlora.kernels.tape import CannotRecordError, NotCompiledError, Recorder
 
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+
 refusals: dict[str, int] = {}
 """Why calls could not be recorded, and how many of them."""
+
+
+def saving_is_watched() -> bool:
+    """Whether saved tensors go through hooks, such as those of activation checkpointing."""
+    return _saving_hooks(False) is not None
 
 
 def replayed(
@@ -47,7 +54,8 @@ def replayed(
     index = args[0].get_device()
     if index != current_device() or profiled():
         return None
-    found = module.replay(id(function), args, function.NUMBER, current_stream(index), learn)
+    stream = current_stream(index)
+    found = module.replay(id(function), args, function.NUMBER, stream, learn, saving_is_watched())
     if type(found) is bytes:
         _learn(module, found, function, args)
         return None
@@ -108,6 +116,7 @@ def record(function: Any, args: tuple[Any, ...]) -> dict[str, Any]:
         given = tuple(number if i == function.NUMBER else a for i, a in enumerate(stand_ins))
         with Recorder(inputs, [number]) as forward:
             outputs = function.forward(*given)
+            forward.function_ends_here()
             ctx = _Context(needs)
             function.setup_context(ctx, given, outputs)
             has_grad = [t is not None and id(t) not in ctx.without_gradient for t in outputs]

@@ -71,7 +71,11 @@ def _plan(
 
 
 def lora_expand(
-    s: Tensor, lora_B: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
+    s: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``u = keep * (s B^T) + bias`` in the dtype of s, contiguous.
 
@@ -81,6 +85,7 @@ def lora_expand(
         mask (Tensor | None): packed bits ``[M, ceil(N / 8)]`` of the elements that are kept. Default:
             ``None``, all kept.
         bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
+        out (Tensor | None): ``[M, N]`` in the dtype of s, contiguous, to write u into. Default: ``None``.
 
     Returns:
         Tensor: ``[M, N]``.
@@ -91,6 +96,6 @@ def lora_expand(
         (s.dtype, lora_B.dtype, None if bias is None else bias.dtype),
         s.stride(0), s.device, mask_word(mask, N), dot_precision(s.dtype),
     )  # fmt: skip
-    u = s.new_empty((M, N))
+    u = s.new_empty((M, N)) if out is None else out
     launch(s, lora_B, mask, bias, u)
     return u

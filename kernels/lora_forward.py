@@ -188,6 +188,7 @@ def lora_forward(
     bias: Tensor | None = None,
     column_scale: Tensor | None = None,
     z: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``y = g * z + bias`` in the dtype of x, contiguous, with ``z = x W0^T + s B^T``; g is 1 for LoRA.
 
@@ -200,6 +201,7 @@ def lora_forward(
         column_scale (Tensor | None): g, fp32 ``[N]`` contiguous. Default: ``None``.
         z (Tensor | None): ``[M, N]`` in the dtype of x, contiguous and aligned as torch allocates, to write
             z into as well. Default: ``None``.
+        out (Tensor | None): likewise, to write y into. Default: ``None``.
 
     Returns:
         Tensor: ``[M, N]``.
@@ -212,8 +214,8 @@ def lora_forward(
     )  # fmt: skip
     if by_tma and not (described and aligned(s, lora_B)):
         s, lora_B = for_tma(s, x.dtype), for_tma(lora_B, x.dtype)
-        return lora_forward(x, weight, s, lora_B, bias, column_scale, z)
-    y = x.new_empty((M, N))
+        return lora_forward(x, weight, s, lora_B, bias, column_scale, z, out)
+    y = x.new_empty((M, N)) if out is None else out
     if by_tma:
         launch(x, weight, s, lora_B, y, z, bias, column_scale)
     else:

@@ -48,7 +48,12 @@ def adds_frozen_product(x: Tensor, *, backward: bool = False) -> bool:
 
 
 def lora_y(
-    x: Tensor, weight: Tensor, s: Tensor, lora_B: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``y = x W0^T + s B^T + bias`` in the dtype of x, contiguous; arguments are those of `lora_forward`.
 
@@ -56,8 +61,8 @@ def lora_y(
     so that y is rounded twice, as eager PyTorch's is.
     """
     if adds_frozen_product(x):
-        return lora_expand(s, lora_B, None, bias).addmm_(x, weight.t())
-    return lora_forward(x, weight, s, lora_B, bias)
+        return lora_expand(s, lora_B, None, bias, out).addmm_(x, weight.t())
+    return lora_forward(x, weight, s, lora_B, bias, out=out)
 
 
 def lora_dx(

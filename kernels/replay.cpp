@@ -83,6 +83,7 @@ struct Call : torch::CustomClassHolder {
   std::vector<double> numbers;
   void* stream = nullptr;
   at::TensorOptions options;
+  std::optional<Run> forward;  // until it is done: the rest of it waits for autograd to save its tensors
 };
 
 variable_list backward_in_python(const Call& call, const variable_list& saved, const variable_list& dys,
@@ -115,7 +116,8 @@ variable_list outputs_of(const Program& program, const std::vector<Tensor>& valu
 struct Replay : public torch::autograd::Function<Replay> {
   static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const c10::intrusive_ptr<Call>& call) {
     auto& program = *call->program;
-    const auto values = program.forward->run(tensors.vec(), call->numbers, call->stream, call->options);
+    call->forward.emplace(program.forward->begin(tensors.vec(), call->numbers, call->stream, call->options));
+    const auto& values = call->forward->values;
     variable_list kept;
     for (const int i : program.saved) kept.push_back(i < 0 ? Tensor() : values[i]);
     ctx->save_for_backward(std::move(kept));
@@ -208,7 +210,9 @@ bool describe(PyObject* object, std::string& key, variable_list& tensors, c10::D
 }
 
 // The outputs of a call that was recorded; None: Python has to run it; a bytes object: it, and then record.
-py::object replay(int64_t function, const py::tuple& arguments, int64_t live, uintptr_t stream, bool learn) {
+// `watched`: saved tensors go through hooks, for which the forward is another.
+py::object replay(int64_t function, const py::tuple& arguments, int64_t live, uintptr_t stream, bool learn,
+                  bool watched) {
   HANDLE_TH_ERRORS  // that being out of memory, say, is the exception of torch's own calls
   const bool with_grad = at::GradMode::is_enabled();
   if (observed()) return py::none();
@@ -235,7 +239,7 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
   } catch (const c10::Error&) {  // it was set by torch's newer names, which the older one may not be mixed with
     return py::none();
   }
-  put(key, device.index() << 3 | with_grad << 2 | at::globalContext().deterministicAlgorithms() << 1 | may_round);
+  put(key, device.index() << 4 | watched << 3 | with_grad << 2 | at::globalContext().deterministicAlgorithms() << 1 | may_round);
   auto found = entries.find(key);
   if (found == entries.end() || !found->second.program) {
     if (!learn) return py::none();
@@ -256,9 +260,18 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
   variable_list outputs;
   {
     py::gil_scoped_release free;
-    outputs = program.backward
-                  ? Replay::apply(at::TensorList(tensors), call)
-                  : outputs_of(program, program.forward->run(tensors, call->numbers, call->stream, call->options));
+    if (program.backward) {
+      try {
+        outputs = Replay::apply(at::TensorList(tensors), call);
+      } catch (...) {  // a hook of the saved tensors has ended a recomputation, which has no use for the rest
+        call->forward.reset();  // its values have the graph that holds the call
+        throw;
+      }
+      program.forward->finish(*call->forward, call->options);
+      call->forward.reset();
+    } else {
+      outputs = outputs_of(program, program.forward->run(tensors, call->numbers, call->stream, call->options));
+    }
   }
   py::tuple result(program.outputs.size());
   size_t next = 0;

@@ -209,15 +209,31 @@ struct Tape {
   size_t size = 0;  // of the values, inputs first
   int tickets = 0;
   std::vector<Step> steps;
+  size_t saved_after = 0;  // steps that make what autograd saves; the others may come after that
 
-  std::vector<Tensor> run(std::vector<Tensor> inputs, const std::vector<double>& numbers, void* stream,
-                          const at::TensorOptions& options) {
-    at::AutoDispatchBelowADInplaceOrView below;
+  // Those steps; `finish` does the others.
+  Run begin(std::vector<Tensor> inputs, const std::vector<double>& numbers, void* stream,
+            const at::TensorOptions& options) {
     Run run{std::move(inputs), numbers, {}, stream};
     run.values.resize(size);
     for (int i = 0; i < tickets; i++) run.tickets.push_back(next_ticket());
-    for (auto& step : steps) step(run, options);
+    go(run, options, 0, saved_after);
+    return run;
+  }
+
+  void finish(Run& run, const at::TensorOptions& options) { go(run, options, saved_after, steps.size()); }
+
+  std::vector<Tensor> run(std::vector<Tensor> inputs, const std::vector<double>& numbers, void* stream,
+                          const at::TensorOptions& options) {
+    auto run = begin(std::move(inputs), numbers, stream, options);
+    finish(run, options);
     return std::move(run.values);
+  }
+
+ private:
+  void go(Run& run, const at::TensorOptions& options, size_t from, size_t to) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    for (size_t i = from; i < to; i++) steps[i](run, options);
   }
 };
 
@@ -275,6 +291,7 @@ std::unique_ptr<Tape> make_tape(const py::tuple& t) {
   tape->size = t[0].cast<size_t>();
   tape->tickets = t[1].cast<int>();
   for (const auto& step : t[2].cast<py::list>()) tape->steps.push_back(make_step(step.cast<py::tuple>()));
+  tape->saved_after = t[3].cast<size_t>();
   return tape;
 }
 

@@ -47,6 +47,8 @@ class Tape(NamedTuple):
     size: int
     tickets: int
     steps: list[tuple[Any, ...]]
+    saved_after: int
+    """Steps after which all is there that backward needs, and the others may wait until it is saved."""
 
 
 class Recorder(TorchDispatchMode):
@@ -62,6 +64,7 @@ class Recorder(TorchDispatchMode):
         self._numbers = {number: index for index, number in enumerate(numbers)}
         self._steps: list[tuple[Any, ...]] = []
         self._size = self._tickets = 0
+        self._saving = self._end = -1
         self._base: dict[int, tuple[int, Tensor]] = {}  # of a storage
         self._held: list[Any] = []
         for t in inputs:
@@ -72,7 +75,20 @@ class Recorder(TorchDispatchMode):
 
     def tape(self) -> Tape:
         """What the block did."""
-        return Tape(self._size, self._tickets, self._steps)
+        steps, saving, end = self._steps, self._saving, self._end
+        if saving < 0:
+            return Tape(self._size, self._tickets, steps, len(steps))
+        views = steps[end:]  # of the outputs and of what is saved
+        first = steps[:saving] + views
+        return Tape(self._size, self._tickets, first + steps[saving:end], len(first))
+
+    def saving_comes_here(self) -> None:
+        """What is done from here on may wait until autograd has saved its tensors."""
+        self._saving = len(self._steps)
+
+    def function_ends_here(self) -> None:
+        """What follows are views of what there is."""
+        self._end = len(self._steps)
 
     def value(self, t: Tensor) -> int:
         """The number of a value that is ``t``: of a tensor that the tape knows, or a view of one."""
