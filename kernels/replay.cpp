@@ -263,11 +263,11 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
     if (program.backward) {
       try {
         outputs = Replay::apply(at::TensorList(tensors), call);
-      } catch (...) {  // a hook of the saved tensors has ended a recomputation, which has no use for the rest
+        program.forward->finish(*call->forward, call->options);
+      } catch (...) {  // a hook of the saved tensors may end a recomputation, which has no use for the rest
         call->forward.reset();  // its values have the graph that holds the call
         throw;
       }
-      program.forward->finish(*call->forward, call->options);
       call->forward.reset();
     } else {
       outputs = outputs_of(program, program.forward->run(tensors, call->numbers, call->stream, call->options));
