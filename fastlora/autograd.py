@@ -200,9 +200,15 @@ def gradients(
         dy, x, weight, lora_A, lora_B, s, mask, scaling_tensor, ctx.scaling, ctx.dropout_p,
         need_x, need_a, need_b,
     )  # fmt: skip
-    dw = dy.t() @ x if need_w and x is not None else None
+    dw = weight_gradient(dy, x) if need_w and x is not None else None
     dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
     return dx, dw, dbias, da, db, None, None, None, None
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """``dW = dy^T x`` of rows dy ``[M, N]`` and x ``[M, K]``."""
+    # torch's bf16 product on a CPU reads what lies between the columns of a strided dy as well.
+    return (dy if dy.is_cuda else dy.contiguous()).t() @ x
 
 
 def waited_for(dy: Tensor) -> Tensor:

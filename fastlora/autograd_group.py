@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.autograd import BackwardFunction, KernelFunction, waited_for
+from fastlora.autograd import BackwardFunction, KernelFunction, waited_for, weight_gradient
 from fastlora.kernels.common import empty_rows
 from fastlora.kernels.config import dropout_threshold, keep_scale
 from fastlora.kernels.lora_grad_a import lora_grad_a
@@ -198,7 +198,7 @@ def gradients(
             found[2 * n + i] = db
     for i in used:
         if needed[i]:
-            found[i] = dys[i].t() @ x  # type: ignore[union-attr]
+            found[i] = weight_gradient(dys[i], x)  # type: ignore[arg-type]
     biased = [i for i in range(n) if ctx.has_bias[i]]
     for k, i in enumerate(biased):
         dy = dys[i]

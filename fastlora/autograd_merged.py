@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.autograd import BackwardFunction, KernelFunction, factor_on, waited_for
+from fastlora.autograd import (
+    BackwardFunction,
+    KernelFunction,
+    factor_on,
+    waited_for,
+    weight_gradient,
+)
 from fastlora.kernels.config import dropout_threshold
 from fastlora.kernels.lora_forward_sliced import Slices, lora_forward_sliced
 from fastlora.kernels.lora_grad_a import lora_grad_a
@@ -117,7 +123,7 @@ def gradients(
         dy, x, weight, lora_A, lora_B, s, mask, scaling_tensor, ctx.scaling, ctx.dropout_p, ctx.slices,
         need_x, need_a, need_b,
     )  # fmt: skip
-    dw = dy.t() @ x if need_w else None
+    dw = weight_gradient(dy, x) if need_w else None
     dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
     return dx, dw, dbias, da, db
 

@@ -20,6 +20,7 @@ from fastlora.autograd import (
     rows_of,
     shaped,
     waited_for,
+    weight_gradient,
 )
 from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig, dropout_threshold, keep_scale
@@ -211,7 +212,7 @@ def gradients(
         dy, x, weight, lora_A, lora_B, s, mask, scaling, ranks, ctx.dropout_p,
         need_x, need_a, need_b, tables,
     )  # fmt: skip
-    dw = dy.t() @ x if need_w else None
+    dw = weight_gradient(dy, x) if need_w else None
     dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
     return dx, dw, dbias, da, db
 
