@@ -14,7 +14,7 @@ from fastlora.routing_ops import (
     TABLES,
     all_tables,
     build_tables,
-    copied,
+    copy_all,
     route_op,
     sort_rows,
     tables_op,
@@ -139,7 +139,7 @@ class Routing:
         adapter_ids, L = adapter_ids.to(self.ids.device), self.num_adapters
         rows = self.ids, self.order, self.sorted_ids
         if torch.compiler.is_compiling():
-            copied(route_op(adapter_ids, L), rows)
+            copy_all(route_op(adapter_ids, L), rows)
         else:
             sort_rows(adapter_ids, L, out=rows)
         keys = (*self._tables, *(TABLES if self._complete else ()))

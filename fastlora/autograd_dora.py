@@ -83,7 +83,7 @@ def fused_backward(
     dx, da, db = autograd.fused_backward(
         dz, x, weight, lora_A, lora_B, s, None, scaling_tensor, scaling, 0.0, need_x, need_a, need_b  # type: ignore[arg-type]
     )  # fmt: skip
-    dw = dz.t() @ x if need_w and x is not None else None
+    dw = autograd.weight_gradient(dz, x) if need_w and x is not None else None
     return dx, dw, da, db, dmagnitude
 
 

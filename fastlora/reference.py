@@ -1,8 +1,8 @@
 """The eager twin of every op: specification, oracle of the tests, fallback and baseline.
 
 Everything here is plain PyTorch and differentiable by autograd. Arithmetic is fp32 inside (fp64 for
-fp64 inputs) and rounded once, to the dtype of ``x``; on a GPU that the kernels do not know, products are
-made in the dtype of ``x``, as eager LoRA does.
+fp64 inputs) and rounded once, to the dtype of ``x``; on a GPU that the kernels do not know, products of
+linears but DoRA's are made in the dtype of ``x``, as eager LoRA does.
 """
 
 from __future__ import annotations

@@ -52,14 +52,16 @@ def sort_rows(adapter_ids: Tensor, num_adapters: int, out: Rows | None = None) -
     # Its own copy: the caller may overwrite its ids for the next step.
     ids = adapter_ids.to(torch.int32, copy=True)
     made = ids, order.to(torch.int32), sorted_ids.to(torch.int32)
-    return made if out is None else copied(made, out)
-
-
-def copied(made: Rows, out: Rows) -> Rows:
-    """``out``, with what was made in it."""
-    for mine, other in zip(out, made, strict=True):
-        mine.copy_(other)
+    if out is None:
+        return made
+    copy_all(made, out)
     return out
+
+
+def copy_all(made: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Copy what was made to where it is wanted, flat or not."""
+    for mine, other in zip(out, made, strict=True):
+        mine.copy_(other.view(mine.shape))
 
 
 def _empty_as(adapter_ids: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def build_tables(
     sorted_ids: Tensor,
     num_adapters: int,
     out: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """Tables of a `Routing`, of the kinds and blocks that ``keys`` names; written to ``out`` if it is there.
 
     On a GPU one launch makes as many as the kernels of a layer may ask for.
@@ -94,14 +96,12 @@ def build_tables(
         made = [build_table(*key, ids, sorted_ids, L) for key in keys]
         if out is None:
             return made
-        for mine, other in zip(out, made, strict=True):
-            mine.copy_(other.view(mine.shape))
-        return list(out)
-    tables = list(out or ())
-    if out is None:
-        for key in keys:
-            shape = table_shape(*key, M, L)
-            tables.append(torch.empty(shape, dtype=torch.int32, device=ids.device))
+        copy_all(made, out)
+        return out
+    tables = out
+    if tables is None:
+        shapes = (table_shape(*key, M, L) for key in keys)
+        tables = [torch.empty(shape, dtype=torch.int32, device=ids.device) for shape in shapes]
     lora_route_tables(keys, ids, sorted_ids, L, tables)
     _written(out or ())
     return tables
