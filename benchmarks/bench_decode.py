@@ -30,8 +30,9 @@ from fastlora import autograd_multi
 from fastlora.bench.cases import SERVE_TABLE
 from fastlora.bench.clock import CudaClock, time_graphs
 from fastlora.kernels import launch, multi_add, multi_gemm
-from fastlora.kernels.config_multi import MULTI_BLOCK_M, multi_decode_config
-from fastlora.kernels.multi_shrink import lora_multi_shrink
+from fastlora.kernels.config_multi import FEW_BLOCK_M, multi_decode_config
+from fastlora.kernels.multi_add_blocks import lora_multi_add_blocks
+from fastlora.kernels.multi_shrink_blocks import lora_multi_shrink_blocks
 from fastlora.kernels.multi_shrink_rows import lora_multi_shrink_rows
 
 CUDA = torch.cuda.is_available()
@@ -43,22 +44,16 @@ Call = Callable[[int], object]
 
 @contextmanager
 def way(name: str) -> Iterator[None]:
-    """The kernels of a step: as chosen, all in one launch, s by rows or by blocks, without a branch."""
+    """The kernels of a step: as chosen, all in one launch, by rows or by blocks of rows."""
     chosen = autograd_multi.multi_reads_rows
     fused = {"one launch": lambda *_: multi_decode_config(16, 4096, DTYPE.itemsize, 132)}
     rows = {"rows": lambda _: True, "blocks": lambda _: False}.get(name, chosen)
     tiles = fused.get(name, multi_gemm.multi_decode_config)
-    capturing = torch.cuda.is_current_stream_capturing if CUDA else lambda: False
     launch.clear_plans()
     with (
         mock.patch.object(autograd_multi, "multi_reads_rows", rows),
         mock.patch.object(multi_add, "multi_reads_rows", rows),
         mock.patch.object(multi_gemm, "multi_decode_config", tiles),
-        mock.patch.object(
-            torch.cuda,
-            "is_current_stream_capturing",
-            (lambda: False) if name == "in order" else capturing,
-        ),
     ):
         yield
     launch.clear_plans()
@@ -73,7 +68,7 @@ def calls_of(M: int, live: int, R: int, K: int, N: int) -> dict[str, tuple[str, 
     ids, factor = torch.arange(M, device=DEVICE) % live, torch.full((live,), 2.0, device=DEVICE)
     routing = fastlora.route(ids, live)
     stack = fastlora.AdapterStack(lora_A, lora_B, scaling=2.0)
-    blocks = (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M))
+    blocks = (routing.order, routing.sorted_ids, routing.block_starts(FEW_BLOCK_M))
     exact = fastlora.reference.lora_linear_multi(
         x.double(), weight.double(), lora_A.double(), lora_B.double(), ids, scaling=2.0
     )
@@ -85,17 +80,18 @@ def calls_of(M: int, live: int, R: int, K: int, N: int) -> dict[str, tuple[str, 
 
     calls: dict[str, tuple[str, Call]] = {
         "x W0^T, cuBLAS": ("", lambda _: torch.mm(x, weight.t())),
-        "s, blocks": (
-            "",
-            lambda _: lora_multi_shrink(x, lora_A, factor, None, blocks, MULTI_BLOCK_M, parts=8),
-        ),
+        "s, blocks": ("", lambda _: lora_multi_shrink_blocks(x, lora_A, factor, None, blocks)),
         "s, rows": ("", lambda _: lora_multi_shrink_rows(x, lora_A, factor, None, blocks[:2])),
-        "updates added": (
+        "updates added, rows": (
             "",
             lambda _: multi_add.lora_multi_add(y, s, lora_B, None, blocks[:2]),
         ),
+        "updates added, blocks": (
+            "",
+            lambda _: lora_multi_add_blocks(y, s, lora_B, None, blocks),
+        ),
     }
-    ways = ["", "rows", "blocks", "in order", *(["one launch"] if M <= 16 else [])]
+    ways = ["", "rows", "blocks", *(["one launch"] if M <= 16 else [])]
     for name in ways:
         with way(name):
             error = float((whole(0).double() - exact).norm() / exact.norm())

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,15 +21,15 @@ from fastlora.autograd import (
     waited_for,
     weight_gradient,
 )
-from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig, dropout_threshold, keep_scale
-from fastlora.kernels.config_multi import MULTI_BLOCK_M, multi_reads_rows, multi_shrink_parts
-from fastlora.kernels.launch import Aside
+from fastlora.kernels.config_multi import FEW_BLOCK_M, MULTI_BLOCK_M, multi_reads_rows
 from fastlora.kernels.multi_add import frozen_linear, lora_multi_add
+from fastlora.kernels.multi_add_blocks import lora_multi_add_blocks
 from fastlora.kernels.multi_decode import lora_multi_decode
 from fastlora.kernels.multi_gemm import lora_multi_gemm, multi_gemm_tiles
 from fastlora.kernels.multi_grad import lora_multi_grad
 from fastlora.kernels.multi_shrink import lora_multi_shrink
+from fastlora.kernels.multi_shrink_blocks import lora_multi_shrink_blocks
 from fastlora.kernels.multi_shrink_rows import lora_multi_shrink_rows
 
 FEW = ("decode", "add")
@@ -42,40 +41,55 @@ def _rows(routing: Routing) -> tuple[Tensor, Tensor]:
     return routing.order, routing.sorted_ids
 
 
-def _blocks(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+def _blocks(routing: Routing, block_m: int = MULTI_BLOCK_M) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels that take blocks of rows of one adapter go by."""
-    return (*_rows(routing), routing.block_starts(MULTI_BLOCK_M))
+    return (*_rows(routing), routing.block_starts(block_m))
 
 
-def _tables(routing: Routing, tiles: tuple[str, LaunchConfig | None]) -> None:
-    """Make the product's table before s: launched early, it waits for the kernel before it alone."""
-    kind, c = tiles
-    if c is not None and kind not in FEW:
+def _begin(
+    x: Tensor,
+    weight: Tensor,
+    R: int,
+    routing: Routing,
+    bias: Tensor | None = None,
+    masked: bool = False,
+) -> tuple[tuple[str, LaunchConfig | None], Tensor | None]:
+    """How the product goes, and the frozen part of it where cuBLAS makes that.
+
+    Before s: the kernel that reads s comes onto the GPU early and waits for that of s alone, so that its
+    own tables, and y if it adds to that, have to be there by then.
+    """
+    kind, c = tiles = multi_gemm_tiles(x, weight, R, masked)
+    if kind == "add":
+        if not multi_reads_rows(len(x)):
+            routing.block_starts(FEW_BLOCK_M)
+        return tiles, frozen_linear(x, weight, bias)
+    if kind != "decode" and c is not None:
         routing.tile_slots(c.BLOCK_M)
+    return tiles, None
 
 
-def _product(
+def _finish(
     x: Tensor,
     weight: Tensor,
     s: Tensor,
     lora_B: Tensor,
     ranks: Tensor | None,
     routing: Routing,
-    tiles: tuple[str, LaunchConfig | None],
+    begun: tuple[tuple[str, LaunchConfig | None], Tensor | None],
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    aside: Aside | None = None,
 ) -> Tensor:
-    """``x W^T + bias + mask * (s B[l]^T)``; few rows have no mask. ``aside`` is where s is being made.
+    """``x W^T + bias + mask * (s B[l]^T)``; few rows have no mask.
 
-    s is ``[parts, M, R]``; only few rows have more than one part.
+    s is ``[parts, M, R]``, of the kernel before; only few rows have more than one part.
     """
-    kind, c = tiles
-    if c is None:
-        y = frozen_linear(x, weight, bias)
-        if aside is not None:
-            aside.join()
-        return lora_multi_add(y, s, lora_B, ranks, _rows(routing))
+    (kind, c), y = begun
+    if c is None or y is not None:
+        assert y is not None
+        if multi_reads_rows(len(y)):
+            return lora_multi_add(y, s, lora_B, ranks, _rows(routing), early=True)
+        return lora_multi_add_blocks(y, s, lora_B, ranks, _blocks(routing, FEW_BLOCK_M), early=True)
     if kind == "decode":
         return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, c, bias)
     slots = (routing.ids, routing.tile_slots(c.BLOCK_M))
@@ -100,22 +114,19 @@ def fused_forward(
     Give y ``[M, N]``, s ``[M, R]``, ``None`` unless ``need_s``, and the mask ``[M, ceil(K / 8)]``, ``None``
     without dropout. The gradient of lora_B is what needs s.
     """
-    tiles = multi_gemm_tiles(x, weight, lora_A.shape[1])
-    _tables(routing, tiles)
-    in_parts = tiles[0] in FEW and not need_s  # backward wants s as one tensor
-    aside = Aside(x.device) if tiles[0] == "add" else None
-    mask = None
-    with aside or contextlib.nullcontext():
-        if in_parts and dropout_threshold(dropout_p) == 0 and multi_reads_rows(x.shape[0]):
-            s = lora_multi_shrink_rows(x, lora_A, scaling, ranks, _rows(routing))
-        else:
-            num_sms = device_properties(x.device)[1]
-            s, mask = lora_multi_shrink(
-                x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed,
-                parts=multi_shrink_parts(x.shape[0], x.shape[1], num_sms) if in_parts else 1,
-                early=tiles[0] == "decode",
-            )  # fmt: skip
-    y = _product(x, weight, s, lora_B, ranks, routing, tiles, bias, aside=aside)
+    begun = _begin(x, weight, lora_A.shape[1], routing, bias)
+    few, mask = begun[0][0] in FEW, None
+    if need_s or not few or dropout_threshold(dropout_p) > 0:  # backward wants s as one tensor
+        s, mask = lora_multi_shrink(
+            x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed, early=few
+        )
+        s = s[None]
+    elif multi_reads_rows(len(x)):
+        s = lora_multi_shrink_rows(x, lora_A, scaling, ranks, _rows(routing), early=True)
+    else:
+        blocks = _blocks(routing, FEW_BLOCK_M)
+        s = lora_multi_shrink_blocks(x, lora_A, scaling, ranks, blocks, early=True)
+    y = _finish(x, weight, s, lora_B, ranks, routing, begun, bias)
     return y, s[0] if need_s else None, mask
 
 
@@ -145,20 +156,20 @@ def fused_backward(
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     dx = da = db = ds = None
     turned = weight.t()
+    begun = None
     if need_x:
-        tiles = multi_gemm_tiles(dy, turned, lora_A.shape[1], mask is not None)
-        _tables(routing, tiles)
+        begun = _begin(dy, turned, lora_A.shape[1], routing, masked=mask is not None)
     if need_x or need_a:
         ds, _ = lora_multi_shrink(
             dy, lora_B.transpose(1, 2), scaling, ranks, _blocks(routing), MULTI_BLOCK_M,
-            factor=keep_scale(dropout_p),
+            factor=keep_scale(dropout_p), early=begun is not None and begun[0][0] in FEW,
         )  # fmt: skip
-    if need_x and ds is not None:
-        dx = _product(dy, turned, ds, lora_A.transpose(1, 2), ranks, routing, tiles, mask=mask)
+    if begun is not None and ds is not None:
+        dx = _finish(dy, turned, ds[None], lora_A.transpose(1, 2), ranks, routing, begun, mask=mask)
     if need_a and ds is not None:
         da = lora_multi_grad(
             x,
-            ds[0],
+            ds,
             mask,
             ranks,
             (*_rows(routing), routing.segment_starts()),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlora.dispatch import HAS_TRITON, kernels_can_route
 from fastlora.kernels.config import cdiv
-from fastlora.kernels.config_multi import MULTI_BLOCK_M, MULTI_TILES
+from fastlora.kernels.config_multi import FEW_BLOCK_M, MULTI_BLOCK_M, MULTI_TILES
 
 if HAS_TRITON:
     from fastlora.kernels.route_rows import lora_route_rows
@@ -23,7 +23,11 @@ if HAS_TRITON:
 NO_ADAPTER = -1
 """The id of a row that uses no adapter: the frozen layer alone."""
 
-TABLES = (("blocks", MULTI_BLOCK_M), ("segments", 0), *(("tiles", block) for block in MULTI_TILES))
+TABLES = (
+    *(("blocks", block) for block in (MULTI_BLOCK_M, FEW_BLOCK_M)),
+    ("segments", 0),
+    *(("tiles", block) for block in MULTI_TILES),
+)
 """Every table that the kernels of a layer may ask for."""
 
 

@@ -92,33 +92,51 @@ def rows_ranks(R: int, tile: int, num_warps: int, itemsize: int) -> int:
     return max(2, min(rank_block(R), 8192 * num_warps // (tile * itemsize)))
 
 
-MULTI_ADD_COLUMNS = 512
-"""Columns of y of a program of `lora_multi_add`: 3.4 us for 64 rows, r = 16, N = 4096; 4.1 us with 256."""
-
-
-def multi_shrink_parts(M: int, K: int, num_sms: int) -> int:
-    """Into how many sums over K `lora_multi_shrink` is split for the gather, which adds them.
-
-    A block of rows has one program otherwise, which reads K alone; at most 8 parts of 512 at least.
-    """
-    blocks = cdiv(M, MULTI_BLOCK_M)
-    return max(1, min(8, K // 512, num_sms // blocks))
+FEW_BLOCK_M = 8
+"""Rows of a block of `lora_multi_shrink_blocks` and `lora_multi_add_blocks`: a tensor core's columns."""
 
 
 def multi_reads_rows(M: int) -> bool:
-    """Whether each row reads its own A too, and adapters pass through L2 without staying.
+    """Whether each row reads its own A and B, and adapters pass through L2 without staying.
 
-    us with 64 rows, 64 adapters: rank 16, 4096 -> 4096: 21.9, where a block for each adapter and adapters
-    that stay take 26.7; -> 14336: 63.2 and 64.5; rank 64: 41.3 and 44.6. With 256 rows, of which four share
-    an adapter: 40.6 and 35.5. With 16 rows, where everything fits into L2: 16.9 and 11.2.
+    us with 64 rows, 64 adapters, 4096 -> 4096: rank 16 16.9, 17.3 where A goes by blocks; rank 64 33.5 and
+    37.0. With 256 rows, of which four share an adapter: 34.3 and 29.6 (an H200, in a graph). With 16 rows
+    everything fits into L2.
     """
     return 16 < M <= 64
 
 
 def multi_shrink_rows_config(K: int, R: int, itemsize: int) -> tuple[int, int, int]:
-    """Ranks and columns of a step of `lora_multi_shrink_rows`, 16 KB of A, and parts of K, 8 at most."""
-    block_k = min(1024 // itemsize, max(16, next_power_of_2(max(1, K))))
-    return min(16, rank_block(R)), block_k, max(1, min(8, K // block_k))
+    """Ranks and columns of a step of `lora_multi_shrink_rows`, 16 KB of A, and parts of K, 4 at most.
+
+    Long rows and few parts: `lora_multi_add` loads each part.
+    """
+    block_k = min(4096 // itemsize, max(16, next_power_of_2(max(1, K))))
+    return min(4, next_power_of_2(R)), block_k, max(1, min(4, K // block_k))
+
+
+def multi_shrink_blocks_config(M: int, K: int, R: int, itemsize: int) -> tuple[LaunchConfig, int]:
+    """Tiles of `lora_multi_shrink_blocks`, whose warps have BLOCK_K columns each, and parts of K.
+
+    256 rows, 64 adapters, 4096 -> 4096: 5.0 us with 4 parts, 5.8 with 2 or 8, and 6.5 where a block has 16
+    rows on the left. Few rows have few blocks, so more parts.
+    """
+    c = LaunchConfig(
+        FEW_BLOCK_M, min(rank_block(R), 64), 128 // itemsize, num_warps=4, num_stages=3
+    )
+    return c, max(1, min(8 if M <= 16 else 4, K * itemsize // 1024))
+
+
+def multi_add_config(R: int, itemsize: int) -> tuple[int, int]:
+    """Columns and ranks of a program of `lora_multi_add`: 8 KB of B, all on their way at once."""
+    block_r = min(rank_block(R), 64)
+    return 8192 // (block_r * itemsize), block_r
+
+
+def multi_add_blocks_config(R: int, itemsize: int) -> tuple[int, int]:
+    """Columns and ranks of a program of `lora_multi_add_blocks`: 8 KB of B, or 16 at rank 64."""
+    block_r = min(rank_block(R), 64)
+    return max(256, 8192 // block_r) // itemsize, block_r
 
 
 def multi_grad_config(

@@ -250,38 +250,3 @@ class Launch:
             *self._grid, stream, made.function, made.packed_metadata, None, None, None,
             *described, *args[len(described) :], *self._sizes, *constants,
         )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=64)
-def _side_stream(device: torch.device) -> Any:
-    stream: Any = torch.cuda.Stream  # without annotations in some versions
-    return stream(device, priority=-1)  # of a pool that other streams are rarely from
-
-
-class Aside:
-    """While a CUDA graph is captured, a branch of it: its block may run beside what follows, until `join`.
-
-    Elsewhere the block runs in order: events would cost the host more than the GPU gains.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """A branch on a device, if it is capturing."""
-        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self._current: Any = torch.cuda.current_stream(device) if captured else None
-        self._side: Any = _side_stream(device) if captured else None
-
-    def __enter__(self) -> None:
-        """Fork."""
-        if self._current is not None:
-            self._side.wait_stream(self._current)
-            torch.cuda.set_stream(self._side)
-
-    def __exit__(self, *error: object) -> None:
-        """Go back to the stream before."""
-        if self._current is not None:
-            torch.cuda.set_stream(self._current)
-
-    def join(self) -> None:
-        """Wait for the block."""
-        if self._current is not None:
-            self._current.wait_stream(self._side)

@@ -14,14 +14,49 @@ from .common import (
     dot_precision,
     has_pdl,
     let_next_kernel_start,
+    multiple,
     strides,
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import LaunchConfig, cdiv
+from .config import LaunchConfig, cdiv, vector
 from .config_multi import rows_ranks
 from .launch import Launch, cached_plan
-from .multi_add import gather_rows, update_of_rows
+
+
+@triton.jit
+def gather_rows(
+    b_ptr, slots, ranks, offs_n, start_r, N, R, stride_bl, stride_bn, stride_br,
+    EVICTION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``B[l, n, r]`` of each row's adapter l, as far as its rank rounded up to 8; nothing past that is read.
+
+    A mask that changes inside of 16 bytes would have each element loaded alone.
+    """
+    offs_r = start_r + tl.arange(0, BLOCK_R)
+    inside = (offs_n[None, :, None] < N) & (offs_r[None, None, :] < R)
+    return tl.load(
+        b_ptr + slots[:, None, None] * stride_bl
+        + offs_n[None, :, None] * stride_bn + offs_r[None, None, :].to(tl.int64) * stride_br,
+        mask=inside & (((offs_r // 8) * 8)[None, None, :] < ranks[:, None, None]),
+        other=0.0,
+        eviction_policy=EVICTION,
+    )  # [BLOCK_M, BLOCK_N, BLOCK_R]  # fmt: skip
+
+
+@triton.jit
+def update_of_rows(
+    b, s_ptr, ranks, offs_m, start_r, stride_sp, stride_sm, PARTS: tl.constexpr, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    """``sum_r s[m, r] B[l, n, r]`` of one block of ranks, in fp32; the parts of s are summed in order."""
+    offs_r = start_r + tl.arange(0, BLOCK_R)
+    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :]
+    mask = offs_r[None, :] < ranks[:, None]
+    s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
+    for part in tl.static_range(1, PARTS):
+        s += tl.load(s_ptrs + part * stride_sp, mask=mask, other=0.0)
+    b = tl.where(mask[:, None, :], b, 0.0)  # what is there from an adapter before
+    return tl.sum(s[:, None, :] * b.to(tl.float32), axis=2)  # [BLOCK_M, BLOCK_N]
 
 
 @triton.jit
@@ -30,7 +65,8 @@ def _lora_multi_decode_kernel(
     M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk,
     stride_sp, stride_sm, stride_bl, stride_bn, stride_br,
     HAS_BIAS: tl.constexpr, S_PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr, R_VECTOR: tl.constexpr, BN_VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``y[m] = x[m] W^T + bias + s[m] B[ids[m]]^T``. Grid: one program a tile of y.
@@ -38,6 +74,7 @@ def _lora_multi_decode_kernel(
     The first ranks of B are on their way before the stream of W, and s is waited for after it.
     """
     let_next_kernel_start(PDL)
+    R, stride_bn = multiple(R, R_VECTOR), multiple(stride_bn, BN_VECTOR)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -85,12 +122,14 @@ def _plan(
     precision: str,
 ) -> Launch:
     (M, K), N, (parts, _, R), pdl = shape, w_shape[0], s_shape, has_pdl(device)
+    b_strides = strides((0, N, R), b_stride)
     return Launch(
         _lora_multi_decode_kernel, (cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N),), device,
         M, N, K, R, *strides(shape, stride), *strides(w_shape, w_stride),
-        *s_stride[:2], *strides((0, N, R), b_stride),
+        *s_stride[:2], *b_strides,
         fixed=True, HAS_BIAS=dtypes[-1] is not None, S_PARTS=parts, PRECISION=precision,
         PDL=pdl, launch_pdl=pdl,
+        R_VECTOR=vector(R), BN_VECTOR=vector(b_strides[1]),
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, GROUP_M=c.GROUP_M,
         BLOCK_R=rows_ranks(R, c.BLOCK_M * c.BLOCK_N, c.num_warps, itemsize),
         num_warps=c.num_warps, num_stages=c.num_stages,
@@ -114,7 +153,7 @@ def lora_multi_decode(
     Args:
         x (Tensor): ``[M, K]``, any strides.
         weight (Tensor): ``[N, K]`` in the dtype of x, any strides.
-        s (Tensor): ``[parts, M, R]``, rows dense, of `lora_multi_shrink` or `lora_multi_shrink_rows`.
+        s (Tensor): ``[parts, M, R]``, rows dense, of `lora_multi_shrink` or its kin.
         lora_B (Tensor): ``[L, N, R]``, any strides.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
         ids (Tensor): int32 ``[M]``, -1 for rows without an adapter.

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    block_of_rows,
     dot,
     dot_precision,
     empty_rows,
@@ -27,44 +28,40 @@ from .launch import Launch, cached_plan
 @triton.jit
 def _lora_multi_shrink_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, order_ptr, sorted_ids_ptr, starts_ptr, scaling_ptr, ranks_ptr,
-    seed_ptr, threshold, factor, M, K, R, split_k,
-    stride_xm, stride_xk, stride_al, stride_ar, stride_ak, stride_sp, stride_sm,
-    HAS_DROPOUT: tl.constexpr, FILLS: tl.constexpr, PRECISION: tl.constexpr,
+    seed_ptr, threshold, factor, M, K, R,
+    stride_xm, stride_xk, stride_al, stride_ar, stride_ak, stride_sm,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``s[p, m, r] = factor * scaling[l] * sum_k keep[m, k] x[m, k] A[l, r, k]`` over the p-th part of K.
+    """``s[m, r] = factor * scaling[l] * sum_k keep[m, k] x[m, k] A[l, r, k]``.
 
-    Grid: ``(blocks of rows, blocks of ranks, parts of K)``. A program gathers at most BLOCK_M rows that
-    share adapter l; blocks that are not used, and ranks past the adapter's own, end at once. If FILLS, as
-    many rows without an adapter, which come first in the order, get zeros from it: s has to be whole where
-    the product reads it tile by tile.
+    Grid: ``(blocks of rows, blocks of ranks)``. A program gathers at most BLOCK_M rows that share adapter
+    l; blocks that are not used, and ranks past the adapter's own, end at once. As many rows without an
+    adapter, which come first in the order, get zeros from it: s has to be whole where the product reads it
+    tile by tile.
     """
     if EARLY:  # the next kernel reads what the one before this makes, without waiting for it
         wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     start = tl.load(starts_ptr + tl.program_id(0))
-    if FILLS:
-        bare = tl.load(starts_ptr)
-        if tl.program_id(0) * BLOCK_M < bare:
-            position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-            offs_m = tl.load(order_ptr + position, mask=position < bare, other=0).to(tl.int64)
-            offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-            tl.store(
-                s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
-                tl.zeros((BLOCK_M, BLOCK_R), dtype=s_ptr.dtype.element_ty),
-                mask=(position < bare)[:, None] & (offs_r[None, :] < R),
-            )
+    bare = tl.load(starts_ptr)
+    if tl.program_id(0) * BLOCK_M < bare:
+        position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_m = tl.load(order_ptr + position, mask=position < bare, other=0).to(tl.int64)
+        offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        tl.store(
+            s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
+            tl.zeros((BLOCK_M, BLOCK_R), dtype=s_ptr.dtype.element_ty),
+            mask=(position < bare)[:, None] & (offs_r[None, :] < R),
+        )
     if start < M:
         slot = tl.load(sorted_ids_ptr + start).to(tl.int64)
         rank = rank_of(ranks_ptr, slot, R)
         start_r = tl.program_id(1) * BLOCK_R
         # With dropout the first block of ranks draws the mask, which rank 0 does not need.
         if start_r < rank:
-            position = start + tl.arange(0, BLOCK_M)
-            here = position < M
-            here &= tl.load(sorted_ids_ptr + position, mask=here, other=-1) == slot
-            offs_m = tl.load(order_ptr + position, mask=here, other=0).to(tl.int64)
+            _, here, offs_m = block_of_rows(order_ptr, sorted_ids_ptr, start, M, BLOCK_M)
             offs_r = start_r + tl.arange(0, BLOCK_R).to(tl.int64)
             offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
             offs_g = tl.arange(0, BLOCK_K // 8)
@@ -72,8 +69,7 @@ def _lora_multi_shrink_kernel(
             if HAS_DROPOUT:
                 seed = tl.load(seed_ptr)
             acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            first_k = tl.program_id(2) * split_k
-            for k in range(first_k, min(first_k + split_k, K), BLOCK_K):
+            for k in range(0, K, BLOCK_K):
                 x = tl.load(
                     x_ptr + offs_m[:, None] * stride_xm + (k + offs_k)[None, :] * stride_xk,
                     mask=here[:, None] & (k + offs_k[None, :] < K),
@@ -97,9 +93,8 @@ def _lora_multi_shrink_kernel(
                 acc = dot(x, a.to(x.dtype), acc, PRECISION)  # [BLOCK_M, BLOCK_R]
             acc *= tl.load(scaling_ptr + slot) * factor
             near = tl.minimum((rank + 7) // 8 * 8, R)  # the product reads ranks by eights
-            part = s_ptr + tl.program_id(2).to(tl.int64) * stride_sp
             tl.store(
-                part + offs_m[:, None] * stride_sm + offs_r[None, :],
+                s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :],
                 acc.to(s_ptr.dtype.element_ty),
                 mask=here[:, None] & (offs_r[None, :] < near),
             )
@@ -115,21 +110,17 @@ def _plan(
     device: torch.device,
     blocks: int,
     block_m: int,
-    parts: int,
     has_dropout: bool,
     precision: str,
     early: bool,
 ) -> Launch:
     (M, K), R = shape, a_shape[1]
     c = multi_shrink_config(dtype.itemsize, R, precision, block_m)
-    split_k = cdiv(cdiv(K, parts), c.BLOCK_K) * c.BLOCK_K
-    s_stride = padded_columns(R, dtype.itemsize if parts == 1 else 4)
     pdl = has_pdl(device)
     return Launch(
-        _lora_multi_shrink_kernel, (blocks, cdiv(R, c.BLOCK_N), parts), device,
-        M, K, R, split_k, *strides(shape, stride), *strides(a_shape, a_stride),
-        M * s_stride, s_stride,
-        HAS_DROPOUT=has_dropout, FILLS=parts == 1, PRECISION=precision,
+        _lora_multi_shrink_kernel, (blocks, cdiv(R, c.BLOCK_N)), device,
+        M, K, R, *strides(shape, stride), *strides(a_shape, a_stride), padded_columns(R, dtype.itemsize),
+        HAS_DROPOUT=has_dropout, PRECISION=precision,
         PDL=pdl, EARLY=early, launch_pdl=pdl and early,
         BLOCK_M=block_m, BLOCK_K=c.BLOCK_K, BLOCK_R=c.BLOCK_N,
         num_warps=c.num_warps, num_stages=c.num_stages,
@@ -146,7 +137,6 @@ def lora_multi_shrink(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     factor: float = 1.0,
-    parts: int = 1,
     early: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``s = factor * scaling[l] * dropout(x) A[l]^T`` row by row, and the packed keep mask.
@@ -161,27 +151,25 @@ def lora_multi_shrink(
         dropout_p (float): probability of dropping an element of x. Default: 0.0.
         seed (Tensor | None): 0-dim int64; needed when ``dropout_p > 0``.
         factor (float): one more factor, applied in fp32. Default: 1.0.
-        parts (int): into how many sums over K to split s, for the consumer to add. Default: 1.
         early (bool): come onto the GPU while the kernel before still runs: for calls so short that a launch
             counts. Default: ``False``.
 
     Returns:
-        tuple: s ``[parts, M, R]`` with rows padded to 16 bytes, in the dtype of x for one part and fp32 for
-        more; and the mask as `lora_shrink` gives it. One part has zeros in rows without an adapter. Such rows
-        of more parts, mask bits of such rows, and s past a row's rank rounded up to 8 are left unwritten: no
-        consumer reads them.
+        tuple: s ``[M, R]`` in the dtype of x with rows padded to 16 bytes, zeros in rows without an adapter;
+        and the mask as `lora_shrink` gives it. Mask bits of such rows, and s past a row's rank rounded up
+        to 8, are left unwritten: no consumer reads them.
     """
     (M, K), R = x.shape, lora_A.shape[1]
     order, sorted_ids, starts = routing
     has_dropout = dropout_threshold(dropout_p) > 0
     launch = _plan(
         x.shape, x.stride(), x.dtype, lora_A.shape, lora_A.stride(), x.device,
-        starts.shape[0], block_m, parts, has_dropout, dot_precision(x.dtype), early,
+        starts.shape[0], block_m, has_dropout, dot_precision(x.dtype), early,
     )  # fmt: skip
-    s = empty_rows(parts * M, R, x.dtype if parts == 1 else torch.float32, x.device)
+    s = empty_rows(M, R, x.dtype, x.device)
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
     launch(
         x, lora_A, s, mask, order, sorted_ids, starts, scaling, ranks, seed,
         dropout_threshold(dropout_p), keep_scale(dropout_p) * factor,
     )  # fmt: skip
-    return s.view(parts, M, R), mask
+    return s, mask

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from .common import (
     empty_rows,
+    has_pdl,
+    let_next_kernel_start,
     padded_columns,
     rank_of,
     strides,
+    wait_for_previous_kernel,
 )
 from .config import cdiv
 from .config_multi import multi_shrink_rows_config
@@ -22,13 +25,15 @@ from .launch import Launch, cached_plan
 def _lora_multi_shrink_rows_kernel(
     x_ptr, a_ptr, s_ptr, order_ptr, sorted_ids_ptr, scaling_ptr, ranks_ptr, M, K, R, split_k,
     stride_xm, stride_xk, stride_al, stride_ar, stride_ak, stride_sp, stride_sm,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``s[p, m, r] = scaling[l] * sum_k x[m, k] A[l, r, k]`` over the p-th part of K, l the row's adapter.
 
     Grid: ``(rows, blocks of ranks, parts of K)``. Without tensor cores: the work is that of reading A, once
     a row. A does not stay in L2, where it would take the place of W; rows of one adapter come together.
     """
+    wait_for_previous_kernel(EARLY)
+    let_next_kernel_start(EARLY)
     m = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
     slot = tl.load(sorted_ids_ptr + tl.program_id(0)).to(tl.int64)
     if slot >= 0:
@@ -68,16 +73,18 @@ def _plan(
     a_dtype: torch.dtype,
     device: torch.device,
     has_ranks: bool,
+    early: bool,
 ) -> tuple[int, Launch]:
     """Parts of K, and the launch."""
     (M, K), R = shape, a_shape[1]
     block_r, block_k, parts = multi_shrink_rows_config(K, R, a_dtype.itemsize)
     split_k = cdiv(cdiv(K, parts), block_k) * block_k
     parts, stride_sm = max(1, cdiv(K, split_k)), padded_columns(R, 4)
+    early = early and has_pdl(device)
     return parts, Launch(
         _lora_multi_shrink_rows_kernel, (M, cdiv(R, block_r), parts), device,
         M, K, R, split_k, *strides(shape, stride), *strides(a_shape, a_stride), M * stride_sm, stride_sm,
-        fixed=True, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4,
+        fixed=True, EARLY=early, launch_pdl=early, BLOCK_K=block_k, BLOCK_R=block_r, num_warps=4,
     )  # fmt: skip
 
 
@@ -87,6 +94,7 @@ def lora_multi_shrink_rows(
     scaling: Tensor,
     ranks: Tensor | None,
     routing: tuple[Tensor, Tensor],
+    early: bool = False,
 ) -> Tensor:
     """``s = scaling[l] * x A[l]^T`` in parts of K; l is each row's adapter.
 
@@ -96,6 +104,7 @@ def lora_multi_shrink_rows(
         scaling (Tensor): fp32 ``[L]``.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
         routing (tuple): ``order [M]`` and ``sorted_ids [M]``, -1 for rows without an adapter.
+        early (bool): as `lora_multi_shrink` takes it. Default: ``False``.
 
     Returns:
         Tensor: fp32 ``[parts, M, R]``, rows padded to 16 bytes, for the consumer to add. Rows without an
@@ -104,7 +113,7 @@ def lora_multi_shrink_rows(
     M, R = x.shape[0], lora_A.shape[1]
     parts, launch = _plan(
         x.shape, x.stride(), x.dtype, lora_A.shape, lora_A.stride(), lora_A.dtype, x.device,
-        ranks is not None,
+        ranks is not None, early,
     )  # fmt: skip
     s = empty_rows(parts * M, R, torch.float32, x.device)
     launch(x, lora_A, s, *routing, scaling, ranks)

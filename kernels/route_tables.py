@@ -78,20 +78,25 @@ def _slots(slots_ptr, ids_ptr, tile, M, L, BLOCK: tl.constexpr, STEP: tl.constex
 
 @triton.jit(do_not_specialize=["M", "L"])
 def _lora_route_tables_kernel(
-    ids_ptr, sorted_ids_ptr, blocks_ptr, segments_ptr, tiles_ptr, other_tiles_ptr, M, L,
-    ROWS: tl.constexpr, TILE: tl.constexpr, OTHER_TILE: tl.constexpr,
+    ids_ptr, sorted_ids_ptr, blocks_ptr, other_blocks_ptr, segments_ptr, tiles_ptr, other_tiles_ptr, M, L,
+    ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr, TILE: tl.constexpr, OTHER_TILE: tl.constexpr,
     CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Tables of `fastlora.adapters.Routing`: blocks of ROWS, segments, and the slots of tiles of two sizes.
+    """Tables of `fastlora.adapters.Routing`: blocks of two sizes, segments, and the slots of tiles of two.
 
-    Those without a pointer are left out. Grid: one program for the blocks, one for the segments, then one
-    for each tile.
+    Those without a pointer are left out. Grid: one program for the blocks of a size, one for the segments,
+    then one for each tile.
     """
     program = tl.program_id(0)
     if blocks_ptr is not None:
         if program == 0:
             size = tl.minimum(M, tl.cdiv(M, ROWS) + L)
             _starts(blocks_ptr, sorted_ids_ptr, M, size, ROWS, CHUNK)
+        program -= 1
+    if other_blocks_ptr is not None:
+        if program == 0:
+            size = tl.minimum(M, tl.cdiv(M, OTHER_ROWS) + L)
+            _starts(other_blocks_ptr, sorted_ids_ptr, M, size, OTHER_ROWS, CHUNK)
         program -= 1
     if segments_ptr is not None:
         if program == 0:
@@ -112,6 +117,7 @@ def _plan(
     M: int,
     L: int,
     rows: int | None,
+    other_rows: int | None,
     has_segments: bool,
     tile: int | None,
     other_tile: int | None,
@@ -119,10 +125,11 @@ def _plan(
 ) -> Launch:
     blocks = [block for block in (tile, other_tile) if block is not None]
     tiles = sum(cdiv(M, block) for block in blocks)
+    starts = (rows is not None) + (other_rows is not None) + has_segments
     return Launch(
-        _lora_route_tables_kernel, ((rows is not None) + has_segments + tiles,), device, M, L,
-        fixed=True, ROWS=rows or 0, TILE=tile or 0, OTHER_TILE=other_tile or 0, CHUNK=route_chunk(M),
-        STEP=min([16, *blocks]), num_warps=8,
+        _lora_route_tables_kernel, (starts + tiles,), device, M, L,
+        fixed=True, ROWS=rows or 0, OTHER_ROWS=other_rows or 0, TILE=tile or 0,
+        OTHER_TILE=other_tile or 0, CHUNK=route_chunk(M), STEP=min([16, *blocks]), num_warps=8,
     )  # fmt: skip
 
 
@@ -143,7 +150,7 @@ def lora_route_tables(
     num_adapters: int,
     out: Sequence[Tensor],
 ) -> None:
-    """Write tables of a routing: up to one of blocks, one of segments and two of tiles in a launch.
+    """Write tables of a routing: up to two of blocks, one of segments and two of tiles in a launch.
 
     Args:
         keys (Sequence[tuple[str, int]]): the kind and the block of each, which `makes_table` says yes to.
@@ -161,13 +168,17 @@ def lora_route_tables(
     left: dict[str, list[tuple[int, Tensor]]] = {"blocks": [], "segments": [], "tiles": []}
     for (kind, block), table in zip(keys, out, strict=True):
         left[kind].append((block, table))
-    nothing = (None, None)
+
+    def take(kind: str) -> tuple[int, Tensor] | tuple[None, None]:
+        return left[kind].pop(0) if left[kind] else (None, None)
+
     while any(left.values()):
-        (rows, blocks), (_, segments), (tile, tiles), (other_tile, other_tiles) = (
-            left[kind].pop(0) if left[kind] else nothing
-            for kind in ("blocks", "segments", "tiles", "tiles")
+        (rows, blocks), (other_rows, other_blocks) = take("blocks"), take("blocks")
+        (_, segments), (tile, tiles), (other_tile, other_tiles) = map(
+            take, ("segments", "tiles", "tiles")
         )
         launch = _plan(
-            ids.shape[0], num_adapters, rows, segments is not None, tile, other_tile, ids.device
-        )
-        launch(ids, sorted_ids, blocks, segments, tiles, other_tiles)
+            ids.shape[0], num_adapters, rows, other_rows, segments is not None, tile, other_tile,
+            ids.device,
+        )  # fmt: skip
+        launch(ids, sorted_ids, blocks, other_blocks, segments, tiles, other_tiles)

@@ -194,6 +194,7 @@ def multi_launches(
     scaling, ids = new((slots,), dtype=torch.float32), new((M,), dtype=torch.int32)
     ranks = new((slots,), dtype=torch.int32) if case.fp32_adapters or case.ranks else None
     rows = (ids, ids, new((M // 16 + slots,), dtype=torch.int32))
+    few_rows = (ids, ids, new((min(M, M // 8 + slots),), dtype=torch.int32))
     segments = (ids, ids, new((slots + 1,), dtype=torch.int32))
     bias = new((N,), dtype=dtype) if case.bias else None
     p, seed, mask = 0.0, None, None
@@ -208,7 +209,10 @@ def multi_launches(
         s = new((4, M, R) if few else (M, R), dtype=torch.float32 if few else dtype)
         if plan[1] is None:
             y = new((x.shape[0], weight.shape[0]), dtype=dtype)
-            modules["multi_add"].lora_multi_add(y, s, right, ranks, rows[:2])
+            add = modules["multi_add"].lora_multi_add
+            if not modules["config_multi"].multi_reads_rows(M):
+                add = modules["multi_add_blocks"].lora_multi_add_blocks
+            add(y, s, right, ranks, few_rows if M > 64 else rows[:2], early=True)
             return
         if plan[0] == "decode":
             modules["multi_decode"].lora_multi_decode(
@@ -224,7 +228,10 @@ def multi_launches(
             x, stack_a, scaling, ranks, rows, 16, p, seed
         ),
         "multi_shrink_rows": lambda: modules["multi_shrink_rows"].lora_multi_shrink_rows(
-            x, stack_a, scaling, ranks, rows[:2]
+            x, stack_a, scaling, ranks, rows[:2], early=True
+        ),
+        "multi_shrink_blocks": lambda: modules["multi_shrink_blocks"].lora_multi_shrink_blocks(
+            x, stack_a, scaling, ranks, few_rows, early=True
         ),
         "multi_forward": lambda: product(x, w, stack_b, bias=bias),
         "multi_grad_x": lambda: product(dy, w.t(), stack_a.transpose(1, 2), mask=mask),
@@ -250,7 +257,7 @@ def route_launches(
         "route_rows": lambda: modules["route_rows"].lora_route_rows(given, slots, (ids, ids, ids)),
         "route_tables": lambda: make(*tables),
         "route_blocks": lambda: make(tables[0]),
-        "route_segments": lambda: make(tables[1]),
+        "route_segments": lambda: make(("segments", 0)),
         "route_tiles": lambda: make(tables[-1]),
     }
 

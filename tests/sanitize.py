@@ -156,9 +156,10 @@ def calls(
         with torch.no_grad():  # as in decoding: s comes in parts
             c = LaunchConfig(16, 32, 64, num_warps=4, num_stages=3)
             few, wide = draw(20, 1032, dtype=dtype), draw(N, 1032, dtype=dtype)
-            fastlora.lora_linear_multi(
-                few, wide, (draw(3, R, 1032, dtype=adapter), stack[1]), ids[:20]
-            )
+            for x_few in (few, draw(70, 1032, dtype=dtype)):
+                fastlora.lora_linear_multi(
+                    x_few, wide, (draw(3, R, 1032, dtype=adapter), stack[1]), ids[: len(x_few)]
+                )
             for rows in (5, 20):  # fewer, and more than one launch does it for
                 s = draw(2, rows, R, dtype=torch.float32)
                 routing = fastlora.route(ids[:rows], 3)

@@ -37,7 +37,7 @@ OPS_OF_GEMMS = (
 )
 OPS = (
     *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab", "expand"),
-    *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
+    *("multi_shrink", "multi_shrink_blocks", "multi_forward", "multi_grad_x", "multi_grad"),
     *("embedding", "sliced", "merge", "merge_many", "dora_norm", "dora_grad"),
 )
 NO_PRODUCT = {

@@ -354,16 +354,23 @@ def sorted_rows(ids):
     return routing.order, routing.sorted_ids
 
 
-@pytest.mark.parametrize("way", ["decode", "add"])
+def blocks_of_rows(ids):
+    from fastlora.kernels.config_multi import FEW_BLOCK_M
+
+    return *sorted_rows(ids), fastlora.route(ids, 3).block_starts(FEW_BLOCK_M)
+
+
+@pytest.mark.parametrize("way", ["decode", "add", "add blocks"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("R", [1, 3, 16, 40])
 def test_rows_that_gather_their_own_adapter(device, way, with_bias, R):
     """In one launch, or added to a product that is there; s in parts; what is past a row's rank is NaN."""
     from fastlora.kernels.config import LaunchConfig
     from fastlora.kernels.multi_add import frozen_linear, lora_multi_add
+    from fastlora.kernels.multi_add_blocks import lora_multi_add_blocks
     from fastlora.kernels.multi_decode import lora_multi_decode
 
-    M, K, N, slots = 21, 136, 40, 3
+    M, K, N, slots = 41, 136, 40, 3  # some ten rows of an adapter: a block, and part of one
     x, weight = torch.randn(M, K, device=device), torch.randn(N, K, device=device)
     s, lora_B = torch.randn(2, M, R, device=device), torch.randn(slots, N, R, device=device)
     ids, ranks = torch.arange(M, device=device).int() % 4 - 1, [R, (R + 1) // 2, 0]
@@ -382,7 +389,10 @@ def test_rows_that_gather_their_own_adapter(device, way, with_bias, R):
         if way == "decode":
             return lora_multi_decode(x, weight, s, lora_B, held, ids, c, bias)
         frozen = frozen_linear(x, weight, bias)
-        made = lora_multi_add(frozen.clone(), s, lora_B, held, sorted_rows(ids))
+        add, rows = lora_multi_add, sorted_rows(ids)
+        if way == "add blocks":
+            add, rows = lora_multi_add_blocks, blocks_of_rows(ids)
+        made = add(frozen.clone(), s, lora_B, held, rows)
         assert torch.equal(made[ids < 0], frozen[ids < 0])
         return made
 
@@ -415,18 +425,26 @@ def test_nothing_of_cublas_where_torch_must_be_deterministic(device):
     torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-1)
 
 
+@pytest.mark.parametrize("way", ["rows", "blocks"])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize(("K", "R"), [(1, 1), (137, 3), (1100, 16), (4200, 40)])
-def test_rows_that_read_their_own_adapter(device, dtype, K, R):
+@pytest.mark.parametrize(("K", "R"), [(1, 1), (137, 3), (1100, 16), (4200, 40), (4200, 130)])
+def test_rows_that_read_their_own_adapter(device, dtype, K, R, way):
     """s in parts of K; ranks past a row's own are NaN in A, and left alone in s."""
+    from fastlora.kernels.multi_shrink_blocks import lora_multi_shrink_blocks
     from fastlora.kernels.multi_shrink_rows import lora_multi_shrink_rows
 
-    M, ranks = 9, [R, (R + 1) // 2, 0]
-    x, lora_A = torch.randn(M, K, device=device).to(dtype), torch.randn(3, R, K, device=device)
+    M, ranks = 41, [R, (R + 1) // 2, 0]
+    x = torch.randn(M, K, device=device).to(dtype)
+    lora_A = (
+        torch.randn(3, R, K, device=device).to(BF16).float()
+    )  # blocks cast it to the dtype of x
     lora_A[1, ranks[1] :] = lora_A[2] = float("nan")
     ids, scaling = torch.arange(M, device=device).int() % 4 - 1, torch.rand(3, device=device)
     held = torch.tensor(ranks, dtype=torch.int32, device=device)
-    s = lora_multi_shrink_rows(x, lora_A, scaling, held, sorted_rows(ids))
+    if way == "rows":
+        s = lora_multi_shrink_rows(x, lora_A, scaling, held, sorted_rows(ids))
+    else:
+        s = lora_multi_shrink_blocks(x, lora_A, scaling, held, blocks_of_rows(ids))
     for m, slot in enumerate(ids.tolist()):
         r = 0 if slot < 0 else ranks[slot]
         exact = scaling[slot].double() * (lora_A[slot, :r].double() @ x[m].double())
@@ -439,7 +457,7 @@ def test_rows_that_read_their_own_adapter(device, dtype, K, R):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("M", [3, 20, 64, 200, 300])
 def test_a_captured_call_gives_what_an_eager_one_does(M, grad, dtype):
-    """In a graph s is made beside the product; replayed with other values, ids and rows without adapter."""
+    """Replayed with other values, ids and rows without an adapter; kernels start before others have ended."""
     K, N, R, slots = 264, 600, 24, 7
 
     def draw(*shape):

@@ -62,17 +62,17 @@ def check(device, dtype, M, K, N, R, L, ids, ranks=None, bias=False, backward=Fa
     assert tiles[0] == "tma"
     blocks = (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M))
     s, _ = lora_multi_shrink(x, a, scaling, held, blocks, MULTI_BLOCK_M)
-    assert not s[0][ids < 0].any()
+    assert not s[ids < 0].any()
 
     def call():
         table = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
-        return multi_gemm.lora_multi_gemm(x, weight, s[0], b, held, table, tiles, added)
+        return multi_gemm.lora_multi_gemm(x, weight, s, b, held, table, tiles, added)
 
     y = call()
     expected = x.double() @ weight.double().t()
     for slot in range(L):
         rows, r = ids == slot, R if ranks is None else ranks[slot]
-        expected[rows] += s[0, rows, :r].double() @ b[slot, :, :r].double().t()
+        expected[rows] += s[rows, :r].double() @ b[slot, :, :r].double().t()
     expected = expected if added is None else expected + added.double()
     assert_rounded(y, expected, dtype)
     assert torch.equal(y, call())
