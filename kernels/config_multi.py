@@ -72,19 +72,22 @@ def multi_gathers(M: int, K: int, R: int) -> bool:
     return M <= 256 and M * R <= 4 * K
 
 
-def multi_decode_config(M: int, N: int, itemsize: int, num_sms: int) -> LaunchConfig | None:
+def multi_decode_config(
+    M: int, N: int, itemsize: int, num_sms: int, early: bool = True
+) -> LaunchConfig | None:
     """Tiles of `lora_multi_decode`, one launch for the product and the update, or ``None`` for two.
 
-    16 rows, 4096 -> 4096, 16 adapters, rank 16: 11.7 us with the kernel that makes s, 12.3 with tiles half
-    as deep, of which several crowd onto an SM (cuBLAS alone: 9.1). With 64 rows the gather is not hidden:
-    24 us at best, 22.5 with W by TMA, where cuBLAS and two kernels take 19.4 (an H200).
+    16 rows, 4096 -> 4096, 16 adapters, rank 16: 10.0 us with the kernel that makes s (cuBLAS alone: 9.1).
+    Where one program an SM is enough, no two may fit: ``early``, while programs that make s are there, pairs
+    of them crowd onto some SMs, and it takes 15.5. With 64 rows the gather is not hidden: 22.5 at best, where
+    cuBLAS and two kernels take 17.5 (an H200).
     """
     if M > 16:
         return None
     depth, wide = 256 // itemsize, cdiv(N, 64) >= num_sms
-    return LaunchConfig(
-        16, 64 if wide else 32, depth if wide else 2 * depth, num_warps=4, num_stages=5
-    )
+    if wide:
+        return LaunchConfig(16, 64, depth, num_warps=4, num_stages=5)
+    return LaunchConfig(16, 32, 2 * depth, num_warps=4, num_stages=6 if early else 5)
 
 
 def rows_ranks(R: int, tile: int, num_warps: int, itemsize: int) -> int:
@@ -115,16 +118,16 @@ def multi_shrink_rows_config(K: int, R: int, itemsize: int) -> tuple[int, int, i
     return min(4, next_power_of_2(R)), block_k, max(1, min(4, K // block_k))
 
 
-def multi_shrink_blocks_config(M: int, K: int, R: int, itemsize: int) -> tuple[LaunchConfig, int]:
+def multi_shrink_blocks_config(K: int, R: int, itemsize: int) -> tuple[LaunchConfig, int]:
     """Tiles of `lora_multi_shrink_blocks`, whose warps have BLOCK_K columns each, and parts of K.
 
     256 rows, 64 adapters, 4096 -> 4096: 5.0 us with 4 parts, 5.8 with 2 or 8, and 6.5 where a block has 16
-    rows on the left. Few rows have few blocks, so more parts.
+    rows on the left.
     """
     c = LaunchConfig(
         FEW_BLOCK_M, min(rank_block(R), 64), 128 // itemsize, num_warps=4, num_stages=3
     )
-    return c, max(1, min(8 if M <= 16 else 4, K * itemsize // 1024))
+    return c, max(1, min(4, K * itemsize // 1024))
 
 
 def multi_add_config(R: int, itemsize: int) -> tuple[int, int]:
