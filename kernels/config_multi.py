@@ -80,14 +80,13 @@ def multi_decode_config(
     16 rows, 4096 -> 4096, 16 adapters, rank 16: 10.0 us with the kernel that makes s (cuBLAS alone: 9.1).
     Where one program an SM is enough, no two may fit: ``early``, while programs that make s are there, pairs
     of them crowd onto some SMs, and it takes 15.5. With 64 rows the gather is not hidden: 22.5 at best, where
-    cuBLAS and two kernels take 17.5 (an H200).
+    cuBLAS and two kernels take 17.5 (an H200). -> 14336: 36.2 with a sixth stage, 37.5 without.
     """
     if M > 16:
         return None
     depth, wide = 256 // itemsize, cdiv(N, 64) >= num_sms
-    if wide:
-        return LaunchConfig(16, 64, depth, num_warps=4, num_stages=5)
-    return LaunchConfig(16, 32, 2 * depth, num_warps=4, num_stages=6 if early else 5)
+    tile = (64, depth) if wide else (32, 2 * depth)
+    return LaunchConfig(16, *tile, num_warps=4, num_stages=6 if early else 5)
 
 
 def rows_ranks(R: int, tile: int, num_warps: int, itemsize: int) -> int:
@@ -118,16 +117,16 @@ def multi_shrink_rows_config(K: int, R: int, itemsize: int) -> tuple[int, int, i
     return min(4, next_power_of_2(R)), block_k, max(1, min(4, K // block_k))
 
 
-def multi_shrink_blocks_config(K: int, R: int, itemsize: int) -> tuple[LaunchConfig, int]:
+def multi_shrink_blocks_config(M: int, K: int, R: int, itemsize: int) -> tuple[LaunchConfig, int]:
     """Tiles of `lora_multi_shrink_blocks`, whose warps have BLOCK_K columns each, and parts of K.
 
     256 rows, 64 adapters, 4096 -> 4096: 5.0 us with 4 parts, 5.8 with 2 or 8, and 6.5 where a block has 16
-    rows on the left.
+    rows on the left. With 16 rows, where W is read beside it, -> 1024: 8.7 with 2, 9.4 with 4.
     """
     c = LaunchConfig(
         FEW_BLOCK_M, min(rank_block(R), 64), 128 // itemsize, num_warps=4, num_stages=3
     )
-    return c, max(1, min(4, K * itemsize // 1024))
+    return c, max(1, min(4, K * itemsize // (4096 if M <= 16 else 1024)))
 
 
 def multi_add_config(R: int, itemsize: int) -> tuple[int, int]:
