@@ -347,11 +347,18 @@ SUITE_TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
     "serve": {"serve": serve, "serve-graph": serve_graph, "serve-eager": serve_eager,
               "mixed-training": mixed_training,
               "serve-worst": worst, "serve-run": machine},
+    # Measured on other sources than the rest of the suite serve.
+    "mixed-training": {"mixed-training": mixed_training, "mixed-training-run": machine},
     "model": {
         "model": functools.partial(model, kind="finetune"), "model-run": machine,
         "decoder-layer": functools.partial(model, kind="layer"),
         "generation": functools.partial(model, kind="generate"),
     },
+    # A whole step, likewise.
+    "training-step": {"training-step": functools.partial(model, kind="finetune"),
+                      "training-step-run": machine},
+    "checkpointing": {"checkpointing": functools.partial(model, kind="finetune"),
+                      "checkpointing-run": machine},
 }  # fmt: skip
 OTHER_TABLES: dict[str, Callable[[Any], str]] = {
     "kernels": kernels, "overlap": overlap, "layers": layers,
