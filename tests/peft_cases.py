@@ -171,3 +171,18 @@ def add_adapter(model: nn.Module, name: str, **config: Any) -> None:
     options = {"target_modules": ["lin"], "init_lora_weights": False}
     model.add_adapter(name, LoraConfig(**(options | config)))
     randomize(model)
+
+
+@contextlib.contextmanager
+def count_peft_forwards() -> Iterator[list[PeftLinear]]:
+    """The layers whose forward was PEFT's own inside the block."""
+    seen: list[PeftLinear] = []
+    original = PeftLinear.forward
+
+    def forward(self: PeftLinear, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(self)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PeftLinear, "forward", forward)
+        yield seen

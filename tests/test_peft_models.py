@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib.util
 import pickle
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +17,7 @@ import fastlora
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+import peft_cases  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 from peft.utils.hotswap import (  # noqa: E402
@@ -33,7 +29,6 @@ from fastlora.integrations.peft_layers import AcceleratedLinear  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("same_masks")
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCAB, LENGTH = 64, 6
 SMALL = {
     "vocab_size": VOCAB,
@@ -80,21 +75,6 @@ def wrap(model: nn.Module, **config: Any) -> PeftModel:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(options | config)))
 
 
-@contextlib.contextmanager
-def count_peft_forwards() -> Iterator[list[PeftLinear]]:
-    """The layers whose forward was PEFT's own inside the block."""
-    seen: list[PeftLinear] = []
-    original = PeftLinear.forward
-
-    def forward(self: PeftLinear, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(self)
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PeftLinear, "forward", forward)
-        yield seen
-
-
 def make_ids(device: str, rows: int = 2) -> Tensor:
     return torch.randint(1, VOCAB, (rows, LENGTH), device=device)
 
@@ -138,7 +118,7 @@ def test_families(family: tuple[Callable[[], nn.Module], list[str], int], device
     report = accelerate_all(model)
     assert len(report.accelerated) == count
     assert f"accelerated {count} of {count} LoRA layers" in str(report)
-    with count_peft_forwards() as slow:
+    with peft_cases.count_peft_forwards() as slow:
         got = step(model, ids)
     assert not slow
     assert sum("lora_" in name for name in got) == 2 * count
@@ -155,7 +135,7 @@ def test_gradient_checkpointing_replays_the_masks(use_reentrant: bool, device: s
     expected = step(model, ids)
     assert_same(expected, plain)
     accelerate_all(model)
-    with count_peft_forwards() as slow:
+    with peft_cases.count_peft_forwards() as slow:
         got = step(model, ids)
     assert not slow
     assert_same(got, expected)
@@ -171,7 +151,7 @@ def test_adapters_that_transformers_holds_itself(device: str):
     ids = make_ids(device)
     expected = step(model, ids)
     assert len(accelerate_all(model).accelerated) == 7
-    with count_peft_forwards() as slow:
+    with peft_cases.count_peft_forwards() as slow:
         got = step(model, ids)
     assert not slow
     assert_same(got, expected)
@@ -211,7 +191,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def assert_agree(plain: nn.Module, fast: nn.Module, ids: Tensor, fused: bool = True) -> None:
-    with count_peft_forwards() as slow:
+    with peft_cases.count_peft_forwards() as slow:
         got = logits(fast, ids)
     assert bool(slow) is not fused
     torch.testing.assert_close(got, logits(plain, ids), atol=2e-5, rtol=1e-4)
@@ -346,7 +326,7 @@ def test_hotswap_of_another_rank(
 def test_generate(pair: tuple[PeftModel, PeftModel, Tensor]):
     plain, fast, ids = pair
     options = {"max_new_tokens": 4, "do_sample": False}
-    with count_peft_forwards() as slow:
+    with peft_cases.count_peft_forwards() as slow:
         got = fast.generate(input_ids=ids, **options)
     assert not slow
     assert torch.equal(got, plain.generate(input_ids=ids, **options))
@@ -371,7 +351,7 @@ def mixed(device: str) -> tuple[PeftModel, PeftModel, Tensor]:
 def test_mixed_batch_in_eval(mixed: tuple[PeftModel, PeftModel, Tensor]):
     plain, fast, ids = mixed
     plain.eval(), fast.eval()
-    with count_peft_forwards() as slow, torch.no_grad():
+    with peft_cases.count_peft_forwards() as slow, torch.no_grad():
         got = fast(input_ids=ids, adapter_names=NAMES).logits
     assert not slow
     with torch.no_grad():
@@ -392,7 +372,7 @@ def test_generate_for_a_mixed_batch(mixed: tuple[PeftModel, PeftModel, Tensor], 
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "adapter_names": NAMES,
         "max_new_tokens": 3, "num_beams": num_beams, "do_sample": False,
     }  # fmt: skip
-    with count_peft_forwards() as slow:
+    with peft_cases.count_peft_forwards() as slow:
         got = fast.generate(**options)
     assert not slow
     assert got.shape == (len(NAMES), LENGTH + 3)
@@ -431,7 +411,7 @@ def test_mixed_batch_in_training(
     if use_reentrant is not None:
         fast.enable_input_require_grads()
         fast.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    with count_peft_forwards() as slow:
+    with peft_cases.count_peft_forwards() as slow:
         out = fast(input_ids=ids, adapter_names=NAMES).logits
         fast(
             input_ids=ids, adapter_names=NAMES[::-1]
@@ -457,57 +437,8 @@ def test_mixed_batch_in_training_with_layers_that_peft_runs(
         if checkpointing:
             fast.gradient_checkpointing_enable({"use_reentrant": False})
         fast.zero_grad()
-        with count_peft_forwards() as slow:
+        with peft_cases.count_peft_forwards() as slow:
             fast(input_ids=ids, adapter_names=NAMES).logits.backward(dlogits)
         assert slow
         found.append(gradients(fast))
     assert_same(found[1], found[0])
-
-
-# The example, and imports
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:'pin_memory':UserWarning")
-def test_trainer_example(capsys: pytest.CaptureFixture[str]):
-    """With dropout: the fixture `same_masks` gives both runs the same one."""
-    pytest.importorskip("accelerate")
-    path = ROOT / "examples" / "finetune_peft_trainer.py"
-    spec = importlib.util.spec_from_file_location("finetune_peft_trainer", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    small = {"steps": 2, "hidden": 32, "layers": 1, "length": 8, "batch": 1, "dropout": 0.2}
-    with count_peft_forwards() as slow:
-        plain, fast = example.compare(example.parse([f"--{name}={n}" for name, n in small.items()]))
-    assert len(plain) == len(fast) == 2
-    assert all(type(layer) is PeftLinear for layer in slow)
-    assert "accelerated 7 of 7 LoRA layers" in capsys.readouterr().out
-    assert plain[0] != plain[1], "a step of training changes the loss"
-    # bf16 under autocast on a GPU
-    torch.testing.assert_close(fast, plain, atol=2e-2 if example.has_bf16() else 1e-5, rtol=0)
-
-
-def test_documentation_runs(capsys: pytest.CaptureFixture[str]):
-    text = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
-    exec("\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), names)
-    assert "accelerated 7 of 7 LoRA layers" in capsys.readouterr().out
-    assert names["out"].loss.isfinite()
-    learned = [n for n, p in names["model"].named_parameters() if p.grad is not None]
-    assert any(".second." in n for n in learned) and any(".default." in n for n in learned)
-
-
-def test_importing_fastlora_imports_no_peft_and_needs_none():
-    script = (
-        "import sys\n"
-        "import fastlora, torch\n"
-        "assert not {'peft', 'transformers'} & set(sys.modules)\n"
-        "sys.modules['peft'] = None\n"  # what a missing package looks like to import
-        "try:\n"
-        "    fastlora.accelerate(torch.nn.Linear(2, 2))\n"
-        "except ImportError as error:\n"
-        "    print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "pip install peft" in done.stdout
