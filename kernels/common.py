@@ -15,13 +15,13 @@ from .config import cdiv
 INTERPRETED = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1) rather than on a GPU."""
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
+IS_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a b`` in fp32; the interpreter multiplies bf16 wrongly, so there operands are upcast."""
-    if _INTERPRETED:
+    if IS_INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -6,11 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRETED
+from .common import IS_INTERPRETED
 from .config import PHILOX_ROUNDS
 
 _ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -47,7 +46,7 @@ def _reaches(word, threshold):
     Numbers of so few bits are in the order of the fp16 numbers of their bits, of which one instruction
     compares two. 2.0 is past them all, so that a threshold of 16384 keeps nothing.
     """
-    if _INTERPRETED:
+    if IS_INTERPRETED:
         low, high = (word & 0x3FFF) >= threshold, ((word >> 16) & 0x3FFF) >= threshold
         kept = low.to(tl.uint32) * 0xFFFF | high.to(tl.uint32) * 0xFFFF0000
     else:
@@ -76,7 +75,7 @@ def draw_words(seed, rows, groups, threshold):
 
 
 @triton.jit
-def packed(words):
+def pack_bits(words):
     """The words of `draw_words` as a byte: bit ``j`` is element ``(m, 8 g + j)``."""
     w0, w1, w2, w3 = words
     bits = w0 & 0x20001 | w1 & 0x80004 | w2 & 0x200010 | w3 & 0x800040  # of each half the one bit
@@ -86,7 +85,7 @@ def packed(words):
 @triton.jit
 def _word(bits, PAIR: tl.constexpr):
     """The word of elements ``2 PAIR`` and ``2 PAIR + 1``, from a byte."""
-    if _INTERPRETED:
+    if IS_INTERPRETED:
         low, high = bits >> 2 * PAIR & 1, bits >> 2 * PAIR + 1 & 1
         word = low * 0xFFFF | high * 0xFFFF0000
     else:

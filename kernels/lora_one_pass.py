@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    INTERPRETED,
+    IS_INTERPRETED,
     add_bias,
     aligned,
     device_properties,
@@ -30,8 +30,6 @@ from .config import LaunchConfig, cdiv, gemm_boxes, gemm_tma_config, rank_block
 from .config_one_pass import one_pass_backward, one_pass_makers, one_pass_stages
 from .launch import Launch, cached_plan, new_ticket
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
 
 class Ready(NamedTuple):
     """How a kernel that runs beside `lora_one_pass` knows that s is there: see `wait_until_all_ready`."""
@@ -46,7 +44,7 @@ class Ready(NamedTuple):
 @triton.jit
 def _announce(ready_ptr, ticket):
     """Say that this program's writes are complete, to other programs and to their TMA loads."""
-    if not _INTERPRETED:
+    if not IS_INTERPRETED:
         tl.inline_asm_elementwise(
             "fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
@@ -62,7 +60,7 @@ def _wait_until_ready(ready_ptr, ticket):
     A lane of each warp asks, and rests between: a thousand that insist would slow down those they wait
     for. In the interpreter programs run one after the other, and the first makes all that is waited for.
     """
-    if not _INTERPRETED:
+    if not IS_INTERPRETED:
         tl.inline_asm_elementwise(
             """{
             .reg .pred go;
@@ -89,7 +87,7 @@ def _wait_until_ready(ready_ptr, ticket):
 @triton.jit
 def wait_until_all_ready(ready_ptr, marks, ticket, MARKS: tl.constexpr):
     """Wait for `_announce` of ``marks`` tiles, MARKS at once, a thread each: all of s may be read then."""
-    if not _INTERPRETED:
+    if not IS_INTERPRETED:
         for mark in range(0, marks, MARKS):
             at = tl.minimum(mark + tl.arange(0, MARKS), marks - 1)  # [MARKS]
             tl.inline_asm_elementwise(

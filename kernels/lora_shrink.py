@@ -30,7 +30,7 @@ from .config import (
     shrink_splits,
     vector,
 )
-from .dropout import draw_words, packed, where_kept
+from .dropout import draw_words, pack_bits, where_kept
 from .launch import Launch, cached_plan
 from .reduce import sum_splits
 from .tuned import choose
@@ -80,7 +80,7 @@ def _lora_shrink_kernel(
             words = draw_words(seed, offs_m[:, None], groups[None, :], threshold)
             tl.store(
                 mask_ptr + offs_m[:, None] * row_bytes + groups[None, :],
-                packed(words),
+                pack_bits(words),
                 mask=(offs_m[:, None] < M) & (groups[None, :] < row_bytes),
             )
             x = where_kept(x, words, BLOCK_M, BLOCK_K)

@@ -21,7 +21,7 @@ from .common import (
 )
 from .config import cdiv, dropout_threshold, keep_scale
 from .config_multi import multi_shrink_config
-from .dropout import draw_words, packed, where_kept
+from .dropout import draw_words, pack_bits, where_kept
 from .launch import Launch, cached_plan
 
 
@@ -86,7 +86,7 @@ def _lora_multi_shrink_kernel(
                     words = draw_words(seed, offs_m[:, None], groups[None, :], threshold)
                     tl.store(
                         mask_ptr + offs_m[:, None] * row_bytes + groups[None, :],
-                        packed(words),
+                        pack_bits(words),
                         mask=here[:, None] & (groups[None, :] < row_bytes) & (start_r == 0),
                     )
                     x = where_kept(x, words, BLOCK_M, BLOCK_K)
