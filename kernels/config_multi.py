@@ -117,14 +117,20 @@ def multi_shrink_rows_config(K: int, R: int, itemsize: int) -> tuple[int, int, i
     return min(4, next_power_of_2(R)), block_k, max(1, min(4, K // block_k))
 
 
-def multi_shrink_blocks_config(M: int, K: int, R: int, itemsize: int) -> tuple[LaunchConfig, int]:
+def multi_shrink_blocks_config(
+    M: int, K: int, R: int, itemsize: int, a_itemsize: int
+) -> tuple[LaunchConfig, int]:
     """Tiles of `lora_multi_shrink_blocks`, whose warps have BLOCK_K columns each, and parts of K.
 
     256 rows, 64 adapters, 4096 -> 4096: 5.0 us with 4 parts, 5.8 with 2 or 8, and 6.5 where a block has 16
     rows on the left. With 16 rows, where W is read beside it, -> 1024: 8.7 with 2, 9.4 with 4.
     """
     c = LaunchConfig(
-        FEW_BLOCK_M, min(rank_block(R), 64), 128 // itemsize, num_warps=4, num_stages=3
+        FEW_BLOCK_M,
+        min(rank_block(R), 128 // a_itemsize),
+        128 // itemsize,
+        num_warps=4,
+        num_stages=3,
     )
     return c, max(1, min(4, K * itemsize // (4096 if M <= 16 else 1024)))
 

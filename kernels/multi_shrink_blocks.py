@@ -90,7 +90,7 @@ def _plan(
 ) -> tuple[int, Launch]:
     """Parts of K, and the launch."""
     (M, K), R = shape, a_shape[1]
-    c, parts = multi_shrink_blocks_config(M, K, R, dtype.itemsize)
+    c, parts = multi_shrink_blocks_config(M, K, R, dtype.itemsize, a_dtype.itemsize)
     step = c.num_warps * c.BLOCK_K
     split_k = cdiv(cdiv(K, parts), step) * step
     parts, stride_sm = max(1, cdiv(K, split_k)), padded_columns(R, 4)

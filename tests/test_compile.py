@@ -37,7 +37,7 @@ OPS_OF_GEMMS = (
 )
 OPS = (
     *("shrink", "forward", "grad_b", "grad_x", "grad_a", "grad_ab", "expand"),
-    *("multi_shrink", "multi_shrink_blocks", "multi_forward", "multi_grad_x", "multi_grad"),
+    *("multi_shrink", "multi_forward", "multi_grad_x", "multi_grad"),
     *("embedding", "sliced", "merge", "merge_many", "dora_norm", "dora_grad"),
 )
 NO_PRODUCT = {
@@ -45,7 +45,10 @@ NO_PRODUCT = {
     *("_dora_grad_kernel", "_lora_multi_shrink_rows_kernel"),
     *("_lora_route_rows_kernel", "_lora_route_tables_kernel"),
 }
-ONE_STEP = {"_lora_merge_kernel", "_lora_merge_many_kernel", "_lora_expand_kernel"}
+ONE_STEP = {
+    *("_lora_merge_kernel", "_lora_merge_many_kernel", "_lora_expand_kernel"),
+    "_lora_multi_add_blocks_kernel",
+}
 
 
 @pytest.fixture(scope="module")
