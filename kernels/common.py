@@ -259,10 +259,12 @@ def has_tma(major: int) -> bool:
 
 
 def has_pdl(device: torch.device) -> bool:
-    """Whether a GEMM is launched early, to wait for the kernel before it: saves a launch's microseconds.
+    """Whether a kernel is launched early, to wait for the kernel before it: saves a launch's microseconds.
 
-    Only the persistent GEMMs are. Small kernels that come early crowd onto the SMs that happen to be
-    free, which costs more than it saves (8192 x 4096, p = 0.1: 42 us more for the forward pair).
+    The persistent GEMMs are, and the kernels of few rows. Others that come early crowd onto the SMs that
+    happen to be free, which costs more than it saves (8192 x 4096, p = 0.1: 42 us more for the forward
+    pair). At least one program of a kernel that comes early has to wait, whatever there is to do: what is
+    launched after it waits for it alone, and may write over what the kernel before still reads or writes.
     """
     return device.type != "cpu" and has_tma(device_properties(device)[0])
 

@@ -75,6 +75,8 @@ def _lora_multi_add_kernel(
             acc += tl.sum(held.to(tl.float32) * s[None, :], axis=1)  # [BLOCK_N]
         acc += y.to(tl.float32)
         tl.store(y_ptr + m * N + offs_n, acc.to(y_ptr.dtype.element_ty), mask=offs_n < N)
+    elif tl.program_id(0) + tl.program_id(1) == 0:  # rows without an adapter come first
+        wait_for_previous_kernel(EARLY)  # what follows waits for this kernel alone
 
 
 @cached_plan

@@ -64,6 +64,8 @@ def _lora_multi_add_blocks_kernel(
             acc = dot(held.to(y.dtype), s.to(y.dtype), acc, PRECISION)  # [BLOCK_N, BLOCK_M]
         acc += y.to(tl.float32)
         tl.store(y_ptrs, acc.to(y.dtype), mask=inside)
+    elif tl.program_id(0) + tl.program_id(1) == 0:  # no row has an adapter
+        wait_for_previous_kernel(EARLY)  # what follows waits for this kernel alone
 
 
 @cached_plan
