@@ -140,13 +140,16 @@ def operands(
     dtype, index = autocast_dtype(x), x.get_device()
     ranks = [adapter.lora_A.shape[0] for adapter in adapters.values()]
     rank = max(ranks) if mixed else sum(ranks)
+    checked: torch.dtype | None = None  # all else that is asked of an adapter is the same for each
     for adapter in adapters.values():
         # Indices compare in a tenth of the time of devices; problem_for looks at the kind of device.
         if weight.get_device() != index or adapter.lora_A.get_device() != index:
             return f"x is on {x.device}, the layer on {weight.device} and {adapter.lora_A.device}"
-        problem = problem_for(x, weight, adapter.lora_A, adapter.lora_B, dtype=dtype, rank=rank)
-        if problem:
-            return problem
+        if adapter.lora_A.dtype is not checked:
+            problem = problem_for(x, weight, adapter.lora_A, adapter.lora_B, dtype=dtype, rank=rank)
+            if problem:
+                return problem
+            checked = adapter.lora_A.dtype
     return Operands(weight, bias, adapters, mixed)
 
 
