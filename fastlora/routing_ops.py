@@ -24,7 +24,7 @@ NO_ADAPTER = -1
 """The id of a row that uses no adapter: the frozen layer alone."""
 
 TABLES = (
-    *(("blocks", block) for block in (MULTI_BLOCK_M, FEW_BLOCK_M)),
+    *(("blocks", block) for block in sorted({MULTI_BLOCK_M, FEW_BLOCK_M})),
     ("segments", 0),
     *(("tiles", block) for block in MULTI_TILES),
 )

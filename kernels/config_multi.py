@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+try:
+    from triton import __version__ as _triton
+except ImportError:  # the tables of a routing have their sizes without it, too
+    _triton = "0.0"
+
 from .config import (
     LaunchConfig,
     ReduceConfig,
@@ -94,8 +99,11 @@ def rows_ranks(R: int, tile: int, num_warps: int, itemsize: int) -> int:
     return max(2, min(rank_block(R), 8192 * num_warps // (tile * itemsize)))
 
 
-FEW_BLOCK_M = 8
-"""Rows of a block of `lora_multi_shrink_blocks` and `lora_multi_add_blocks`: a tensor core's columns."""
+FEW_BLOCK_M = 16 if tuple(map(int, _triton.split(".")[:2])) < (3, 5) else 8
+"""Rows of a block of `lora_multi_shrink_blocks` and `lora_multi_add_blocks`: a tensor core's columns.
+
+Triton 3.4 has no product of fewer than 16.
+"""
 
 
 def multi_reads_rows(M: int) -> bool:

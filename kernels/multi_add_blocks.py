@@ -50,6 +50,7 @@ def _lora_multi_add_blocks_kernel(
         inside = here[None, :] & (offs_n < N)[:, None]
         y = tl.load(y_ptrs, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_M]
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        # Not pipelined: some Tritons make a wgmma of it, which may not read b, changed in registers, there.
         for r in tl.range(0, rank, BLOCK_R, num_stages=1):
             if r > 0:
                 b = load_b(b_ptrs, offs_n, r, rank, N, R, stride_br, "", BLOCK_R)

@@ -219,6 +219,7 @@ def cases() -> list[Case]:
             Case("multi_forward", arch, R=64, **odd),
             *(Case("multi_forward", arch, R=64, M=rows) for rows in (16, 32, 64, 256)),
             *(Case("multi_forward", arch, R=8, M=rows) for rows in (16, 64, 256)),
+            *(Case("multi_forward", arch, M=rows) for rows in (16, 64, 256)),
             Case("multi_forward", arch, "tf32", M=64, N=32768),
             Case("multi_forward", arch, "tf32", M=256),
             Case("multi_forward", arch, R=24, fp32_adapters=True, M=256),
