@@ -53,20 +53,20 @@ def _begin(
     routing: Routing,
     bias: Tensor | None = None,
     masked: bool = False,
-) -> tuple[tuple[str, LaunchConfig | None], Tensor | None]:
-    """How the product goes, and the frozen part of it where cuBLAS makes that.
+) -> tuple[str, LaunchConfig | Tensor]:
+    """Which kernel makes the product, and its tiles; or, where cuBLAS makes it, the frozen part of it.
 
     Before s: the kernel that reads s comes onto the GPU early and waits for that of s alone, so that its
     own tables, and y if it adds to that, have to be there by then.
     """
-    kind, c = tiles = multi_gemm_tiles(x, weight, R, masked)
-    if kind == "add":
+    kind, c = multi_gemm_tiles(x, weight, R, masked)
+    if c is None:
         if not multi_reads_rows(len(x)):
             routing.block_starts(FEW_BLOCK_M)
-        return tiles, frozen_linear(x, weight, bias)
-    if kind != "decode" and c is not None:
+        return kind, frozen_linear(x, weight, bias)
+    if kind not in FEW:
         routing.tile_slots(c.BLOCK_M)
-    return tiles, None
+    return kind, c
 
 
 def _finish(
@@ -76,7 +76,7 @@ def _finish(
     lora_B: Tensor,
     ranks: Tensor | None,
     routing: Routing,
-    begun: tuple[tuple[str, LaunchConfig | None], Tensor | None],
+    begun: tuple[str, LaunchConfig | Tensor],
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -84,16 +84,17 @@ def _finish(
 
     s is ``[parts, M, R]``, of the kernel before; only few rows have more than one part.
     """
-    (kind, c), y = begun
-    if c is None or y is not None:
-        assert y is not None
-        if multi_reads_rows(len(y)):
-            return lora_multi_add(y, s, lora_B, ranks, _rows(routing), early=True)
-        return lora_multi_add_blocks(y, s, lora_B, ranks, _blocks(routing, FEW_BLOCK_M), early=True)
+    kind, how = begun
+    if isinstance(how, Tensor):
+        if multi_reads_rows(len(how)):
+            return lora_multi_add(how, s, lora_B, ranks, _rows(routing), early=True)
+        return lora_multi_add_blocks(
+            how, s, lora_B, ranks, _blocks(routing, FEW_BLOCK_M), early=True
+        )
     if kind == "decode":
-        return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, c, bias)
-    slots = (routing.ids, routing.tile_slots(c.BLOCK_M))
-    return lora_multi_gemm(x, weight, s[0], lora_B, ranks, slots, (kind, c), bias, mask)
+        return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, how, bias)
+    slots = (routing.ids, routing.tile_slots(how.BLOCK_M))
+    return lora_multi_gemm(x, weight, s[0], lora_B, ranks, slots, (kind, how), bias, mask)
 
 
 def fused_forward(
@@ -115,7 +116,7 @@ def fused_forward(
     without dropout. The gradient of lora_B is what needs s.
     """
     begun = _begin(x, weight, lora_A.shape[1], routing, bias)
-    few, mask = begun[0][0] in FEW, None
+    few, mask = begun[0] in FEW, None
     if need_s or not few or dropout_threshold(dropout_p) > 0:  # backward wants s as one tensor
         s, mask = lora_multi_shrink(
             x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed, early=few
@@ -162,7 +163,7 @@ def fused_backward(
     if need_x or need_a:
         ds, _ = lora_multi_shrink(
             dy, lora_B.transpose(1, 2), scaling, ranks, _blocks(routing), MULTI_BLOCK_M,
-            factor=keep_scale(dropout_p), early=begun is not None and begun[0][0] in FEW,
+            factor=keep_scale(dropout_p), early=begun is not None and begun[0] in FEW,
         )  # fmt: skip
     if begun is not None and ds is not None:
         dx = _finish(dy, turned, ds[None], lora_A.transpose(1, 2), ranks, routing, begun, mask=mask)

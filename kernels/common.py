@@ -117,14 +117,13 @@ def adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R):
 
 
 @triton.jit
-def block_of_rows(order_ptr, sorted_ids_ptr, start, M, BLOCK_M: tl.constexpr):
-    """The slot of a block of rows, which of its places hold a row of it, and the rows."""
-    slot = tl.load(sorted_ids_ptr + start)
+def block_of_rows(order_ptr, sorted_ids_ptr, start, slot, M, BLOCK_M: tl.constexpr):
+    """Which places from ``start`` on hold a row of the adapter in ``slot``, and the rows: a block of them."""
     position = start + tl.arange(0, BLOCK_M)
     here = position < M
     here &= tl.load(sorted_ids_ptr + position, mask=here, other=-1) == slot
     offs_m = tl.load(order_ptr + position, mask=here, other=0).to(tl.int64)  # [BLOCK_M]
-    return slot.to(tl.int64), here, offs_m
+    return here, offs_m
 
 
 @triton.jit

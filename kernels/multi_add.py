@@ -23,6 +23,15 @@ def near_ranks(start_r, ranks, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def sum_of_parts(s_ptrs, mask, stride_sp, PARTS: tl.constexpr):
+    """S in fp32, a tile of it: its parts are summed in order."""
+    s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        s += tl.load(s_ptrs + part * stride_sp, mask=mask, other=0.0).to(tl.float32)
+    return s
+
+
+@triton.jit
 def load_b(
     b_ptrs, offs_n, start_r, rank, N, R, stride_br, EVICTION: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
@@ -67,9 +76,7 @@ def _lora_multi_add_kernel(
             offs_r = r + tl.arange(0, BLOCK_R)
             s_ptrs = s_ptr + m * stride_sm + offs_r
             near = near_ranks(r, rank, BLOCK_R) & (offs_r < stride_sm)
-            s = tl.load(s_ptrs, mask=near, other=0.0).to(tl.float32)  # [BLOCK_R]
-            for part in tl.static_range(1, S_PARTS):
-                s += tl.load(s_ptrs + part * stride_sp, mask=near, other=0.0).to(tl.float32)
+            s = sum_of_parts(s_ptrs, near, stride_sp, S_PARTS)  # [BLOCK_R]
             s = tl.where(offs_r < rank, s, 0.0)  # past the rank nothing has been written,
             held = tl.where((offs_r < rank)[None, :], b, 0.0)  # or it is of an adapter before
             acc += tl.sum(held.to(tl.float32) * s[None, :], axis=1)  # [BLOCK_N]

@@ -20,7 +20,7 @@ from .common import (
 from .config import cdiv, vector
 from .config_multi import FEW_BLOCK_M, multi_add_blocks_config
 from .launch import Launch, cached_plan
-from .multi_add import load_b
+from .multi_add import load_b, sum_of_parts
 
 
 @triton.jit
@@ -40,7 +40,8 @@ def _lora_multi_add_blocks_kernel(
     R, stride_bn = multiple(R, R_VECTOR), multiple(stride_bn, BN_VECTOR)
     start = tl.load(starts_ptr + tl.program_id(0))
     if start < M:
-        slot, here, offs_m = block_of_rows(order_ptr, sorted_ids_ptr, start, M, BLOCK_M)
+        slot = tl.load(sorted_ids_ptr + start).to(tl.int64)
+        here, offs_m = block_of_rows(order_ptr, sorted_ids_ptr, start, slot, M, BLOCK_M)
         rank = rank_of(ranks_ptr, slot, R)
         offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         b_ptrs = b_ptr + slot * stride_bl + offs_n * stride_bn
@@ -57,9 +58,7 @@ def _lora_multi_add_blocks_kernel(
             offs_r = r + tl.arange(0, BLOCK_R)
             s_ptrs = s_ptr + offs_m[None, :] * stride_sm + offs_r[:, None]
             mask = here[None, :] & (offs_r < rank)[:, None]
-            s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_M]
-            for part in tl.static_range(1, S_PARTS):
-                s += tl.load(s_ptrs + part * stride_sp, mask=mask, other=0.0).to(tl.float32)
+            s = sum_of_parts(s_ptrs, mask, stride_sp, S_PARTS)  # [BLOCK_R, BLOCK_M]
             # What is there past the rank is from an adapter before.
             held = tl.where((offs_r < rank)[None, :], b, 0.0)
             acc = dot(held.to(y.dtype), s.to(y.dtype), acc, PRECISION)  # [BLOCK_N, BLOCK_M]

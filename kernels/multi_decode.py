@@ -22,25 +22,22 @@ from .common import (
 from .config import LaunchConfig, cdiv, vector
 from .config_multi import rows_ranks
 from .launch import Launch, cached_plan
+from .multi_add import near_ranks, sum_of_parts
 
 
 @triton.jit
 def gather_rows(
     b_ptr, slots, ranks, offs_n, start_r, N, R, stride_bl, stride_bn, stride_br,
-    EVICTION: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """``B[l, n, r]`` of each row's adapter l, as far as its rank rounded up to 8; nothing past that is read.
-
-    A mask that changes inside of 16 bytes would have each element loaded alone.
-    """
+    """``B[l, n, r]`` of each row's adapter l, as far as its rank rounded up to 8; no more is read."""
     offs_r = start_r + tl.arange(0, BLOCK_R)
     inside = (offs_n[None, :, None] < N) & (offs_r[None, None, :] < R)
     return tl.load(
         b_ptr + slots[:, None, None] * stride_bl
         + offs_n[None, :, None] * stride_bn + offs_r[None, None, :].to(tl.int64) * stride_br,
-        mask=inside & (((offs_r // 8) * 8)[None, None, :] < ranks[:, None, None]),
+        mask=inside & near_ranks(start_r, ranks[:, None, None], BLOCK_R),
         other=0.0,
-        eviction_policy=EVICTION,
     )  # [BLOCK_M, BLOCK_N, BLOCK_R]  # fmt: skip
 
 
@@ -48,13 +45,11 @@ def gather_rows(
 def update_of_rows(
     b, s_ptr, ranks, offs_m, start_r, stride_sp, stride_sm, PARTS: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    """``sum_r s[m, r] B[l, n, r]`` of one block of ranks, in fp32; the parts of s are summed in order."""
+    """``sum_r s[m, r] B[l, n, r]`` of one block of ranks, in fp32."""
     offs_r = start_r + tl.arange(0, BLOCK_R)
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :]
     mask = offs_r[None, :] < ranks[:, None]
-    s = tl.load(s_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_R]
-    for part in tl.static_range(1, PARTS):
-        s += tl.load(s_ptrs + part * stride_sp, mask=mask, other=0.0)
+    s = sum_of_parts(s_ptrs, mask, stride_sp, PARTS)  # [BLOCK_M, BLOCK_R]
     b = tl.where(mask[:, None, :], b, 0.0)  # what is there from an adapter before
     return tl.sum(s[:, None, :] * b.to(tl.float32), axis=2)  # [BLOCK_M, BLOCK_N]
 
@@ -80,9 +75,7 @@ def _lora_multi_decode_kernel(
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     slots, ranks = adapters_of_rows(ids_ptr, ranks_ptr, offs_m, M, R)
-    b = gather_rows(
-        b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, "", BLOCK_R
-    )
+    b = gather_rows(b_ptr, slots, ranks, offs_n, 0, N, R, stride_bl, stride_bn, stride_br, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc = add_frozen_product(
         acc, x_ptr, w_ptr, offs_m, offs_n, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
@@ -92,7 +85,7 @@ def _lora_multi_decode_kernel(
     acc += update_of_rows(b, s_ptr, ranks, offs_m, 0, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     for r in range(BLOCK_R, tl.max(ranks, axis=0), BLOCK_R):
         b = gather_rows(
-            b_ptr, slots, ranks, offs_n, r, N, R, stride_bl, stride_bn, stride_br, "", BLOCK_R
+            b_ptr, slots, ranks, offs_n, r, N, R, stride_bl, stride_bn, stride_br, BLOCK_R
         )
         acc += update_of_rows(b, s_ptr, ranks, offs_m, r, stride_sp, stride_sm, S_PARTS, BLOCK_R)
     if HAS_BIAS:

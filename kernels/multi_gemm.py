@@ -156,7 +156,7 @@ def _tiles(
     (M, _), (N, K), itemsize = shape, w_shape, dtype.itemsize
     major, num_sms = device_properties(device)
     if not masked and precision == "tf32" and multi_gathers(M, K, R):
-        decode = multi_decode_config(M, N, itemsize, num_sms, has_tma(major))
+        decode = multi_decode_config(M, N, itemsize, num_sms, has_pdl(device))
         if decode is not None:
             return "decode", decode
         if not deterministic:  # torch then refuses cuBLAS without a setting of its workspace

@@ -61,7 +61,7 @@ def _lora_multi_shrink_kernel(
         start_r = tl.program_id(1) * BLOCK_R
         # With dropout the first block of ranks draws the mask, which rank 0 does not need.
         if start_r < rank:
-            _, here, offs_m = block_of_rows(order_ptr, sorted_ids_ptr, start, M, BLOCK_M)
+            here, offs_m = block_of_rows(order_ptr, sorted_ids_ptr, start, slot, M, BLOCK_M)
             offs_r = start_r + tl.arange(0, BLOCK_R).to(tl.int64)
             offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
             offs_g = tl.arange(0, BLOCK_K // 8)

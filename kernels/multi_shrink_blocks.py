@@ -41,7 +41,8 @@ def _lora_multi_shrink_blocks_kernel(
     let_next_kernel_start(EARLY)
     start = tl.load(starts_ptr + tl.program_id(0))
     if start < M:
-        slot, here, offs_m = block_of_rows(order_ptr, sorted_ids_ptr, start, M, BLOCK_M)
+        slot = tl.load(sorted_ids_ptr + start).to(tl.int64)
+        here, offs_m = block_of_rows(order_ptr, sorted_ids_ptr, start, slot, M, BLOCK_M)
         rank = rank_of(ranks_ptr, slot, R)
         if tl.program_id(1) * BLOCK_R < rank:
             scale = tl.load(scaling_ptr + slot)

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
@@ -25,6 +26,16 @@ from fastlora.integrations import peft_layers
 SEED = 77
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 IN, OUT, ROWS = 40, 24, (2, 9)
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
 
 
 class Net(nn.Module):
@@ -186,3 +197,8 @@ def count_peft_forwards() -> Iterator[list[PeftLinear]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PeftLinear, "forward", forward)
         yield seen
+
+
+def llama(**changes: Any) -> nn.Module:
+    """A small model of the family, other settings on top of `SMALL`."""
+    return LlamaForCausalLM(LlamaConfig(**(SMALL | changes)))

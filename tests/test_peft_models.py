@@ -24,27 +24,14 @@ from peft.utils.hotswap import (  # noqa: E402
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
 )
+from peft_cases import SMALL, llama  # noqa: E402
 
 from fastlora.integrations.peft_layers import AcceleratedLinear  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("same_masks")
 
-VOCAB, LENGTH = 64, 6
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-}
+VOCAB, LENGTH = SMALL["vocab_size"], 6
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def llama(**changes: Any) -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(SMALL | changes)))
 
 
 def qwen2() -> nn.Module:

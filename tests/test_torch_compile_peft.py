@@ -11,8 +11,10 @@ import torch
 import fastlora
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("fastlora.ops", reason="needs Triton", exc_type=ImportError)
+
+import peft_cases  # noqa: E402
 
 LAYERS, LINEARS = 3, 7
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -20,17 +22,8 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 def llama(device, dtype, dropout):
     """A small Llama with fp32 adapters on its linears; rank 4, B not zero."""
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
     torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(config).to(device, dtype)
+    base = peft_cases.llama(num_hidden_layers=LAYERS, use_cache=False).to(device, dtype)
     settings = peft.LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear")
     model = peft.get_peft_model(base, settings)
     for name, parameter in model.named_parameters():
