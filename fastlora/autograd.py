@@ -20,8 +20,9 @@ from fastlora.kernels.launch import recording
 from fastlora.kernels.lora_decode import lora_decode
 from fastlora.kernels.lora_grad_a import lora_grad_a
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
+from fastlora.kernels.lora_grad_ab_tma import lora_grad_ab_ds, makes_ds
 from fastlora.kernels.lora_grad_b import lora_grad_b
-from fastlora.kernels.lora_one_pass import fits_one_pass, lora_one_pass
+from fastlora.kernels.lora_one_pass import lora_one_pass
 from fastlora.kernels.lora_product import (
     DECODE,
     ON_TOP,
@@ -106,7 +107,7 @@ def fused_forward(
         return (*lora_decode(x, weight, lora_A, lora_B, factor, bias), None)
     y_later = saving_is_watched()
     if way is ONE_PASS and not y_later:
-        return (*lora_one_pass(x, weight, lora_A, lora_B, factor, bias)[:2], None)
+        return (*lora_one_pass(x, weight, lora_A, lora_B, factor, bias), None)
     if lora_B.dtype != x.dtype and way is not ON_TOP:
         # Before s is made: the product begins beside the kernel that makes it.
         lora_B = for_tma(lora_B, x.dtype)
@@ -142,18 +143,20 @@ def fused_backward(
     if dy.stride(1) != 1:
         dy = dy.contiguous()  # e.g. the expanded gradient of a sum: TMA wants dense rows
     factor = factor_on(scaling, scaling_tensor, dy.device)
-    need_all = need_x and need_a and need_b
-    if need_all and mask is None and fits_one_pass(dy, weight, s.shape[1], backward=True):
-        made_x, made, ready = lora_one_pass(dy, weight, lora_A, lora_B, factor, backward=True)
-        return made_x, *lora_grad_ab(x, made, None, dy, s, lora_A.dtype, lora_B.dtype, ready)
-    if need_all:  # dA and dB are made beside dx
-        made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
-        a_dtype = lora_A.dtype
+    if need_x and need_a and need_b:  # dA and dB are made beside dx
+        a_dtype, ready = lora_A.dtype, None
         if mask is None and not adds_frozen_product(dy, backward=True):
             # A copy for TMA must not come between the two kernels that run side by side.
             lora_A = for_tma(lora_A, dy.dtype)
-        grads = lora_grad_ab(x, made, mask, dy, s, a_dtype, lora_B.dtype)
-        return lora_dx(dy, weight, made, lora_A, mask, beside=True), *grads
+        if makes_ds(x, dy, s.shape[1], dropout=mask is not None):
+            made, made_a, made_b, ready = lora_grad_ab_ds(
+                x, mask, dy, s, lora_B, a_dtype, factor, keep_scale(dropout_p)
+            )
+        else:
+            made = lora_shrink(dy, lora_B.t(), factor, factor=keep_scale(dropout_p))[0]
+            made_a, made_b = lora_grad_ab(x, made, mask, dy, s, a_dtype, lora_B.dtype)
+        made_x = lora_dx(dy, weight, made, lora_A, mask, beside=True, ready=ready)
+        return made_x, made_a, made_b
     ds, db = lora_grad_b(dy, s, lora_B, factor, dropout_p, need_ds=need_x or need_a, need_db=need_b)
     dx = lora_dx(dy, weight, ds, lora_A, mask) if need_x and ds is not None else None
     da = lora_grad_a(x, ds, mask, lora_A.dtype) if need_a and ds is not None else None

@@ -164,14 +164,14 @@ def scale_columns(acc, g_ptr, offs_n, N):
 
 
 @triton.jit
-def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and the right half of a tile."""
     return acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def _store_halves(desc, acc, start_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    left, right = halves(acc, BLOCK_M, BLOCK_N)
     desc.store([start_m, start_n], left.to(desc.dtype))  # [BLOCK_M, BLOCK_N / 2]
     desc.store([start_m, start_n + BLOCK_N // 2], right.to(desc.dtype))
 
@@ -190,7 +190,7 @@ def store_tile(
     elif SUBTILES == 2:
         _store_halves(desc, acc, start_m, start_n, BLOCK_M, BLOCK_N)
     else:
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
         _store_halves(desc, left, start_m, start_n, BLOCK_M, BLOCK_N // 2)
         _store_halves(desc, right, start_m, start_n + BLOCK_N // 2, BLOCK_M, BLOCK_N // 2)
 

@@ -114,9 +114,8 @@ def gemm_tma_config(
     block_k = 128 // itemsize  # 128 bytes: one swizzle atom of shared memory
     if cdiv(M, 128) * cdiv(N, 256) >= num_sms:
         if beside:
-            # The rank product's operands take what a store in quarters leaves.
-            subtiles = 2 if masked_rank is None else 4
-            return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=3, SUBTILES=subtiles)
+            # In quarters a store leaves room for two programs of `lora_grad_ab`.
+            return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=3, SUBTILES=4)
         if masked_rank is None and itemsize == 2:
             return LaunchConfig(128, 256, block_k, num_warps=8, num_stages=4, SUBTILES=2)
         # Beside a ring of 3 x 48 KB, a whole tile (64 KB) and rank 16's operands just fit.
@@ -336,9 +335,8 @@ def grad_ab_config(
     num_sms: int,
     precision: str,
     dropout: bool = False,
-    after: bool = False,
 ) -> ReduceConfig:
-    """Config of the launch that makes dA and dB while dx is computed beside it, begun before or ``after`` it.
+    """Config of the launch that makes dA and dB while dx is computed beside it.
 
     A program takes a few columns over all rows, so that nothing is left to be summed. Up to rank 16 all
     programs are on the GPU at once, and small enough for the GEMM to fit beside two of them; above, beside
@@ -355,8 +353,6 @@ def grad_ab_config(
     block_c = 32
     while cdiv(K, block_c) + cdiv(N, block_c) > 2 * num_sms and block_c < 128:
         block_c *= 2
-    if after and block_c == 128 and R <= 32:  # would have no room beside the GEMM
-        return ReduceConfig(64, 64, 1, num_warps=4, num_stages=3)
     if itemsize == 4:
         return ReduceConfig(32, min(block_c, 64), 1, num_warps=4, num_stages=2)
     if R > 32:
@@ -367,6 +363,43 @@ def grad_ab_config(
     if dropout and 3 * num_sms < 4 * programs <= 4 * num_sms:
         return ReduceConfig(64, 64, 1, num_warps=4, num_stages=3)
     return ReduceConfig(64, block_c, 1, num_warps=4, num_stages=3 if block_c > 32 else 4)
+
+
+DS_ROWS = 64
+"""Rows of ds that a mark of `lora_grad_ab_ds` stands for."""
+
+
+def grad_ab_tma_config(K: int, N: int, R: int, num_sms: int) -> tuple[ReduceConfig, int, int, int]:
+    """Config of `lora_grad_ab` by TMA, programs, those that may make ds, and stages of ds.
+
+    30 KB, so that two programs fit beside the GEMM of dx on an SM; where there would be more, each takes
+    several blocks of columns. us of the whole backward on one H200 in a CUDA graph, 8192 tokens, rank 16,
+    without dropout, dx beside it, in brackets with pointers: 4096 -> 4096 452 (475), -> 14336 1546 (1601),
+    8192 -> 8192 1753 (1801), 4096 -> 1024 126 (152). Where pointers take 56 registers and 30 instructions,
+    a wgmma reads shared memory. Wider blocks have less room: 476 to 4096 with 128 columns.
+    """
+    blocks_b, blocks = cdiv(N, 64), cdiv(N, 64) + cdiv(K, 64)
+    rounds = cdiv(blocks, 2 * num_sms)
+    programs = cdiv(blocks, rounds)
+    c = ReduceConfig(DS_ROWS, 64, 1, num_warps=4, num_stages=3 if R <= 64 else 2)
+    deep = programs <= num_sms and R <= 32  # where each has an SM, and the room of two
+    return c, programs, max(1, blocks_b - (rounds - 1) * programs), 5 if deep else c.num_stages
+
+
+def grad_ab_makes_ds(M: int, K: int, N: int, R: int, num_sms: int, dropout: bool) -> bool:
+    """Whether `lora_grad_ab_ds` makes ds too, in the time of the first tiles of dx, or a launch before.
+
+    Not where most of it would wait for ds, which is dA, or where a program would make more than two blocks.
+    us as above, in brackets with a launch for ds: 4096 -> 4096 465 (475), -> 14336 1506 (1527), 8192 -> 8192
+    1721 (1746), 2048 tokens 4096 -> 4096 104 (112), but 14336 -> 4096 1614 (1571), 4096 -> 1024 132 (126),
+    768 -> 3072 137 (90). With dropout dx adds ds A to a program's first tile at the end, up to rank 16, and
+    only where an SM has one program of dA and dB: 4096 -> 4096 460 (488), 2048 tokens 103 (112), but -> 14336
+    1644 (1610), 8192 -> 8192 1861 (1839).
+    """
+    _, programs, makers, _ = grad_ab_tma_config(K, N, R, num_sms)
+    if M <= 2 * FEW_ROWS or N < K or cdiv(M, DS_ROWS) > 2 * makers:
+        return False
+    return R <= 64 and (not dropout or (R <= 16 and programs <= num_sms))
 
 
 def dora_grad_config(M: int, N: int, itemsize: int, num_sms: int) -> ReduceConfig:

@@ -21,17 +21,6 @@ def one_pass_makers(M: int, K: int, R: int, c: LaunchConfig, tiles: int, program
     return spare if M > FEW_ROWS and K >= 2048 and at_once * spare >= cdiv(M, c.BLOCK_M) else 0
 
 
-def one_pass_backward(M: int, K: int, N: int, R: int, num_sms: int) -> bool:
-    """Whether dA and dB may be launched after the kernel that makes dx and ds, and run beside it.
-
-    Not where their programs are too many to be there at once, unless rows are few, and not for ranks that
-    want tiles which have no room beside the product. us as above, in brackets ds, then dA and dB, then dx:
-    8192 tokens, 4096 -> 4096 440 (448), rank 64 428 (448), rank 128 449 (506), but rank 32 472 (454); 8192
-    -> 8192 1657 (1691); 14336 -> 4096 1570 (1454); 2048 tokens, 4096 -> 4096 105 (113), -> 14336 343 (385).
-    """
-    return not 16 < R <= 32 and (M <= 4096 or cdiv(K, 64) + cdiv(N, 64) <= 2 * num_sms)
-
-
 def one_pass_stages(block_r: int) -> int:
     """Steps of x and A that are on their way while s is made: no more than the GEMM has room for."""
     return 184 // (16 + block_r // 8)

@@ -15,12 +15,11 @@ from .common import (
     let_next_kernel_start,
     multiple,
     strides,
-    wait_for_previous_kernel,
 )
 from .config import cdiv, grad_ab_config, rank_block, vector
 from .dropout import load_words, mask_word, where_kept
 from .launch import Launch, cached_plan
-from .lora_one_pass import Ready, wait_until_all_ready
+from .lora_grad_ab_tma import fits_grad_ab_tma, lora_grad_ab_tma
 from .tuned import choose
 
 
@@ -62,29 +61,23 @@ def _sum_over_rows(
     )
 
 
-@triton.jit(do_not_specialize=["ticket"])
+@triton.jit
 def _lora_grad_ab_kernel(
-    x_ptr, ds_ptr, mask_ptr, da_ptr, dy_ptr, s_ptr, db_ptr, ready_ptr, ticket,
-    M, K, N, R, blocks_a, marks, stride_xm, stride_xk, stride_dsm, stride_dym, stride_dyn, stride_sm,
+    x_ptr, ds_ptr, mask_ptr, da_ptr, dy_ptr, s_ptr, db_ptr,
+    M, K, N, R, blocks_a, stride_xm, stride_xk, stride_dsm, stride_dym, stride_dyn, stride_sm,
     MASK_WORD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     R_VECTOR: tl.constexpr, DS_VECTOR: tl.constexpr, S_VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``dA [R, K] = ds^T (mask * x)`` and ``dB [N, R] = dy^T s``.
 
-    Grid: a program for every BLOCK_C columns of x, then of dy; each goes over all rows. With ``ready_ptr``
-    the kernel before makes ds while this one runs, and has to end before it; else the next one may begin.
+    Grid: a program for every BLOCK_C columns of x, then of dy; each goes over all rows.
     """
-    if ready_ptr is None:
-        let_next_kernel_start(PDL)
+    let_next_kernel_start(PDL)
     R = multiple(R, R_VECTOR)
     stride_dsm, stride_sm = multiple(stride_dsm, DS_VECTOR), multiple(stride_sm, S_VECTOR)
     block = tl.program_id(0)
-    if ready_ptr is not None:
-        block = tl.num_programs(0) - 1 - block  # dB needs no ds
     if block < blocks_a:
-        if ready_ptr is not None:
-            wait_until_all_ready(ready_ptr, marks, ticket, 64)
         _sum_over_rows(
             x_ptr, ds_ptr, mask_ptr, da_ptr, block * BLOCK_C,
             M, K, R, stride_xm, stride_xk, stride_dsm, K, 1,
@@ -96,8 +89,6 @@ def _lora_grad_ab_kernel(
             M, N, R, stride_dym, stride_dyn, stride_sm, 1, R,
             0, PRECISION, BLOCK_M, BLOCK_C, BLOCK_R,
         )  # fmt: skip
-    if ready_ptr is not None:
-        wait_for_previous_kernel(PDL)
 
 
 @cached_plan
@@ -114,22 +105,19 @@ def _plan(
     device: torch.device,
     word: int,
     precision: str,
-    marks: int,
 ) -> Launch:
     (M, K), N, num_sms = shape, dy_shape[1], device_properties(device)[1]
     c = choose(
-        "lora_grad_ab", grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision, word > 0, marks > 0),
-        device,
+        "lora_grad_ab", grad_ab_config(K, N, R, dtype.itemsize, num_sms, precision, word > 0), device,
         dtype.itemsize, precision, R, {"M": M, "K": K, "N": N}, dropout=word > 0,
         x_strided=stride[1] != 1, dy_strided=dy_stride[1] != 1,
     )  # fmt: skip
     blocks_a = cdiv(K, c.BLOCK_C)
     return Launch(
         _lora_grad_ab_kernel, (blocks_a + cdiv(N, c.BLOCK_C),), device,
-        M, K, N, R, blocks_a, marks, *strides(shape, stride), ds_stride,
+        M, K, N, R, blocks_a, *strides(shape, stride), ds_stride,
         *strides(dy_shape, dy_stride), s_stride,
         fixed=True, MASK_WORD=word, PRECISION=precision, PDL=has_pdl(device),
-        launch_pdl=marks > 0 and has_pdl(device),
         R_VECTOR=vector(R), DS_VECTOR=vector(ds_stride), S_VECTOR=vector(s_stride),
         BLOCK_M=c.BLOCK_M, BLOCK_C=c.BLOCK_C, BLOCK_R=rank_block(R),
         num_warps=c.num_warps, num_stages=c.num_stages,
@@ -144,9 +132,8 @@ def lora_grad_ab(
     s: Tensor,
     a_dtype: torch.dtype,
     b_dtype: torch.dtype,
-    ready: Ready | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``dA = ds^T (mask * x)`` and ``dB = dy^T s``; the GEMM launched next, or before, may run beside it.
+    """``dA = ds^T (mask * x)`` and ``dB = dy^T s``; the GEMM launched next may run beside it.
 
     Args:
         x (Tensor): ``[M, K]``, any strides.
@@ -156,21 +143,19 @@ def lora_grad_ab(
         s (Tensor): ``[M, R]``, rows dense, in the dtype of x, with scaling in it.
         a_dtype (torch.dtype): dtype of dA.
         b_dtype (torch.dtype): dtype of dB.
-        ready (Ready | None): of the `lora_one_pass` launched just before, which makes ds. Default: ``None``,
-            ds is complete.
 
     Returns:
         tuple: dA ``[R, K]`` and dB ``[N, R]``, contiguous. A program sums all rows in order:
         bit-identical from run to run.
     """
+    if mask is None and fits_grad_ab_tma(x, dy, s, ds):
+        return lora_grad_ab_tma(x, ds, dy, s, a_dtype, b_dtype)
     (_, K), (_, N), R = x.shape, dy.shape, ds.shape[1]
     launch = _plan(
         x.shape, x.stride(), x.dtype, R, ds.stride(0), dy.shape, dy.stride(), s.stride(0),
         (a_dtype, b_dtype), x.device, mask_word(mask, K), dot_precision(x.dtype),
-        0 if ready is None else ready.marks.shape[0],
     )  # fmt: skip
     da = torch.empty((R, K), dtype=a_dtype, device=x.device)
     db = torch.empty((N, R), dtype=b_dtype, device=x.device)
-    marks, ticket = (None, 0) if ready is None else ready[:2]
-    launch(x, ds, mask, da, dy, s, db, marks, ticket)
+    launch(x, ds, mask, da, dy, s, db)
     return da, db

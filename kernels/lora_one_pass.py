@@ -1,8 +1,6 @@
-"""``y = x W^T + s B^T + bias`` and ``s = scaling * x A^T`` in one launch; so are dx and ds."""
+"""``y = x W^T + s B^T + bias`` and ``s = scaling * x A^T`` in one launch."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -10,16 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    IS_INTERPRETED,
     add_bias,
     aligned,
     device_properties,
     dot,
     empty_rows,
     for_tma,
-    has_pdl,
     has_tma,
-    let_next_kernel_start,
     load_scaling,
     padded_columns,
     rows_fit_tma,
@@ -27,94 +22,16 @@ from .common import (
     tile_of,
 )
 from .config import LaunchConfig, cdiv, gemm_boxes, gemm_tma_config, rank_block
-from .config_one_pass import one_pass_backward, one_pass_makers, one_pass_stages
-from .launch import Launch, cached_plan, new_ticket
-
-
-class Ready(NamedTuple):
-    """How a kernel that runs beside `lora_one_pass` knows that s is there: see `wait_until_all_ready`."""
-
-    marks: Tensor
-    """int64, one for each tile's rows of s; all of them have to be ``ticket``."""
-    ticket: int
-    read: tuple[Tensor, ...]
-    """What `lora_one_pass` still reads: the next kernel must not be given its memory to write to."""
-
-
-@triton.jit
-def _announce(ready_ptr, ticket):
-    """Say that this program's writes are complete, to other programs and to their TMA loads."""
-    if not IS_INTERPRETED:
-        tl.inline_asm_elementwise(
-            "fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
-    tl.debug_barrier()
-    tl.atomic_xchg(ready_ptr, ticket, sem="release", scope="gpu")
-
-
-@triton.jit
-def _wait_until_ready(ready_ptr, ticket):
-    """Wait for `_announce` of one tile: its rows of s may be read then, by TMA as well.
-
-    The wait is one instruction to the compiler, for a loop in a loop would end the outer one's pipeline.
-    A lane of each warp asks, and rests between: a thousand that insist would slow down those they wait
-    for. In the interpreter programs run one after the other, and the first makes all that is waited for.
-    """
-    if not IS_INTERPRETED:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred go;
-            .reg .b32 lane;
-            .reg .b64 found;
-            mov.u32 lane, %laneid;
-            setp.ne.u32 go, lane, 0;
-            @go bra ready;
-            ask:
-            ld.acquire.gpu.global.b64 found, [$1];
-            setp.eq.b64 go, found, $2;
-            @go bra ready;
-            nanosleep.u32 40;
-            bra ask;
-            ready:
-            bar.warp.sync 0xffffffff;
-            fence.proxy.async;
-            mov.u32 $0, 0;
-            }""",
-            "=r,l,l", [ready_ptr.to(tl.int64), ticket], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def wait_until_all_ready(ready_ptr, marks, ticket, MARKS: tl.constexpr):
-    """Wait for `_announce` of ``marks`` tiles, MARKS at once, a thread each: all of s may be read then."""
-    if not IS_INTERPRETED:
-        for mark in range(0, marks, MARKS):
-            at = tl.minimum(mark + tl.arange(0, MARKS), marks - 1)  # [MARKS]
-            tl.inline_asm_elementwise(
-                """{
-                .reg .pred go;
-                .reg .b64 found;
-                ask:
-                ld.acquire.gpu.global.b64 found, [$1];
-                setp.eq.b64 go, found, $2;
-                @go bra ready;
-                nanosleep.u32 200;
-                bra ask;
-                ready:
-                mov.u32 $0, 0;
-                }""",
-                "=r,l,l", [(ready_ptr + at).to(tl.int64), ticket],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-        tl.debug_barrier()
+from .config_one_pass import one_pass_makers, one_pass_stages
+from .launch import Launch, cached_plan
+from .ready import announce, new_marks, wait_until_ready
 
 
 @triton.jit(do_not_specialize=["ticket"])
 def _lora_one_pass_tma_kernel(
     x_desc, w_desc, a_desc, s_desc, b_desc, y_desc, s_ptr, ready_ptr, bias_ptr, scaling, ticket,
     M, N, K, R, stride_sm, makers,
-    BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr, SCALING_IS_TENSOR: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALING_IS_TENSOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, SHRINK_STAGES: tl.constexpr, WAIT_STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -122,11 +39,8 @@ def _lora_one_pass_tma_kernel(
 
     The first ``makers`` programs, those that have fewer tiles of y than others if there are enough, make s
     to begin with and mark its rows. A tile of y waits for the mark of its rows before its last steps. So
-    every program waits for programs before it alone, which run already or have run.
-
-    BACKWARD: the operands other than x and s are stored the other way round: ``dx = [dy ds] [W; A]``.
+    programs wait for the first ones alone, which are there at once.
     """
-    let_next_kernel_start(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     k_steps = tl.cdiv(K, BLOCK_K)
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -137,10 +51,7 @@ def _lora_one_pass_tma_kernel(
             acc_s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
             for step in tl.range(0, k_steps, num_stages=SHRINK_STAGES):
                 x = x_desc.load([start_m, step * BLOCK_K])  # [BLOCK_M, BLOCK_K]
-                if BACKWARD:  # noqa: SIM108 - the branches differ in type before the transpose
-                    a = a_desc.load([step * BLOCK_K, 0])  # [BLOCK_K, BLOCK_R]
-                else:
-                    a = a_desc.load([0, step * BLOCK_K]).T  # [BLOCK_K, BLOCK_R]
+                a = a_desc.load([0, step * BLOCK_K]).T  # [BLOCK_K, BLOCK_R]
                 acc_s = dot(x, a, acc_s, "tf32")  # [BLOCK_M, BLOCK_R]
             offs_m = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
             offs_r = tl.arange(0, BLOCK_R)
@@ -149,7 +60,7 @@ def _lora_one_pass_tma_kernel(
                 (acc_s * factor).to(s_ptr.dtype.element_ty),
                 mask=(offs_m[:, None] < M) & (offs_r[None, :] < R),
             )
-            _announce(ready_ptr + tile_m, ticket)
+            announce(ready_ptr + tile_m, ticket)
     wait_at = k_steps - WAIT_STEPS
     for tile in tl.range(programs - 1 - program, tiles_m * tiles_n, programs, flatten=True):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
@@ -157,26 +68,23 @@ def _lora_one_pass_tma_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(0, k_steps + tl.cdiv(R, BLOCK_K)):
             if step == wait_at:
-                _wait_until_ready(ready_ptr + tile_m, ticket)
+                wait_until_ready(ready_ptr + tile_m, ticket)
             if step < k_steps:
                 left, right, start_k = x_desc, w_desc, step * BLOCK_K
             else:
                 left, right, start_k = s_desc, b_desc, (step - k_steps) * BLOCK_K
             x = left.load([start_m, start_k])  # [BLOCK_M, BLOCK_K]
-            if BACKWARD:  # noqa: SIM108
-                w = right.load([start_k, start_n])  # [BLOCK_K, BLOCK_N]
-            else:
-                w = right.load([start_n, start_k]).T  # [BLOCK_K, BLOCK_N]
+            w = right.load([start_n, start_k]).T  # [BLOCK_K, BLOCK_N]
             acc = dot(x, w, acc, "tf32")  # [BLOCK_M, BLOCK_N]
         if HAS_BIAS:
             acc = add_bias(acc, bias_ptr, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), N)
         store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
 
 
-def _tiles(M: int, N: int, device: torch.device, backward: bool) -> tuple[LaunchConfig, int, int]:
-    """Tiles of y or dx, how many there are, and the number of programs."""
+def _tiles(M: int, N: int, device: torch.device) -> tuple[LaunchConfig, int, int]:
+    """Tiles of y, how many there are, and the number of programs."""
     num_sms = device_properties(device)[1]
-    c = gemm_tma_config(M, N, 2, num_sms, beside=backward)
+    c = gemm_tma_config(M, N, 2, num_sms)
     programs = 1 if device.type == "cpu" else num_sms  # the interpreter's go one after the other
     return c, cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N), programs
 
@@ -190,29 +98,24 @@ def _fits(
     w_stride: tuple[int, ...],
     R: int,
     device: torch.device,
-    backward: bool,
 ) -> bool:
-    (M, K), N, itemsize = shape, w_shape[1 if backward else 0], dtype.itemsize
-    major, num_sms = device_properties(device)
-    if not (has_tma(major) and itemsize == 2 and N % 8 == 0):
-        return False
-    if backward and not one_pass_backward(M, N, K, R, num_sms):
+    (M, K), N, itemsize = shape, w_shape[0], dtype.itemsize
+    if not (has_tma(device_properties(device)[0]) and itemsize == 2 and N % 8 == 0):
         return False
     dense = rows_fit_tma(shape, stride, itemsize) and rows_fit_tma(w_shape, w_stride, itemsize)
-    return dense and one_pass_makers(M, K, R, *_tiles(M, N, device, backward)) > 0
+    return dense and one_pass_makers(M, K, R, *_tiles(M, N, device)) > 0
 
 
-def fits_one_pass(x: Tensor, weight: Tensor, R: int, *, backward: bool = False) -> bool:
+def fits_one_pass(x: Tensor, weight: Tensor, R: int) -> bool:
     """Whether `lora_one_pass` takes these tensors, and is faster than a kernel for s and one for y.
 
     Args:
-        x (Tensor): ``[M, K]``, or dy ``[M, N]`` in backward; no dropout.
+        x (Tensor): ``[M, K]``; no dropout.
         weight (Tensor): ``[N, K]`` in the dtype of x.
         R (int): the rank.
-        backward (bool): whether it is to make dx and ds. Default: ``False``.
     """
     return _fits(
-        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), R, x.device, backward
+        x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), R, x.device
     ) and aligned(x, weight)
 
 
@@ -225,20 +128,17 @@ def _plan(
     device: torch.device,
     tensor_scaling: torch.dtype | None,
     bias_dtype: torch.dtype | None,
-    backward: bool,
     strides_of: tuple[tuple[int, ...], ...],
 ) -> tuple[int, Launch]:
     """The number of rows of tiles, and the launch; strides are those of what is described to TMA."""
     (M, K), block_r = shape, rank_block(R)
-    c, tiles, programs = _tiles(M, N, device, backward)
-    x_box, w_box, s_box, b_box, y_box = gemm_boxes(c, nk=not backward, rank_product=True)
-    a_box = (c.BLOCK_K, block_r) if backward else (block_r, c.BLOCK_K)
+    c, tiles, programs = _tiles(M, N, device)
+    x_box, w_box, s_box, b_box, y_box = gemm_boxes(c, rank_product=True)
     makers = max(1, one_pass_makers(M, K, R, c, tiles, programs))
     return cdiv(M, c.BLOCK_M), Launch(
         _lora_one_pass_tma_kernel, (programs,), device, M, N, K, R, padded_columns(R, 2), makers,
-        boxes=(x_box, w_box, a_box, s_box, b_box, y_box), fixed=True,
-        BACKWARD=backward, HAS_BIAS=bias_dtype is not None,
-        SCALING_IS_TENSOR=tensor_scaling is not None, PDL=backward and has_pdl(device),
+        boxes=(x_box, w_box, (block_r, c.BLOCK_K), s_box, b_box, y_box), fixed=True,
+        HAS_BIAS=bias_dtype is not None, SCALING_IS_TENSOR=tensor_scaling is not None,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=block_r,
         GROUP_M=c.GROUP_M, SUBTILES=c.SUBTILES, SHRINK_STAGES=one_pass_stages(block_r),
         WAIT_STEPS=c.num_stages + 1, num_warps=c.num_warps, num_stages=c.num_stages,
@@ -252,41 +152,31 @@ def lora_one_pass(
     lora_B: Tensor,
     scaling: float | Tensor,
     bias: Tensor | None = None,
-    *,
-    backward: bool = False,
-) -> tuple[Tensor, Tensor, Ready]:
+) -> tuple[Tensor, Tensor]:
     """``y = x W0^T + s B^T + bias`` and ``s = scaling * x A^T``.
 
-    In ``backward`` ``dx = dy W0 + ds A`` and ``ds = scaling * dy B``.
-
     Args:
-        x (Tensor): ``[M, K]``, or dy ``[M, N]``; as `fits_one_pass` wants it.
+        x (Tensor): ``[M, K]``, as `fits_one_pass` wants it.
         weight (Tensor): ``[N, K]``, as well.
         lora_A (Tensor): ``[R, K]``, any strides, cast to the dtype of x.
         lora_B (Tensor): ``[N, R]``, any strides, cast to the dtype of x.
         scaling (float | Tensor): a float, or a 0-dim tensor on x's device.
-        bias (Tensor | None): ``[N]`` contiguous; not in backward. Default: ``None``.
-        backward (bool): make dx and ds. Default: ``False``.
+        bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
 
     Returns:
-        tuple: y ``[M, N]`` and s ``[M, R]``, or dx ``[M, K]`` and ds, in the dtype of x; and what tells the
-        next kernel, which may begin beside this one in backward, that s is there.
+        tuple: y ``[M, N]`` and s ``[M, R]`` in the dtype of x.
     """
-    M, N, R = x.shape[0], weight.shape[1 if backward else 0], lora_A.shape[0]
+    (M, _), N, R = x.shape, weight.shape[0], lora_A.shape[0]
     lora_A, lora_B = for_tma(lora_A, x.dtype), for_tma(lora_B, x.dtype)
     rows, launch = _plan(
         x.shape, x.dtype, N, R, x.device, scaling.dtype if isinstance(scaling, Tensor) else None,
-        None if bias is None else bias.dtype, backward,
+        None if bias is None else bias.dtype,
         (x.stride(), weight.stride(), lora_A.stride(), lora_B.stride()),
     )  # fmt: skip
-    down, up = (lora_B, lora_A) if backward else (lora_A, lora_B)
     y, s = x.new_empty((M, N)), empty_rows(M, R, x.dtype, x.device)
-    marks = torch.empty(rows, dtype=torch.int64, device=x.device)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        marks.zero_()  # each replay has the ticket of the one before
-    ticket = new_ticket()
+    ready = new_marks(rows, x.device)
     launch(
-        x, weight, down, s, up, y, s, marks, bias,
-        scaling if isinstance(scaling, Tensor) else float(scaling), ticket,
+        x, weight, lora_A, s, lora_B, y, s, ready.marks, bias,
+        scaling if isinstance(scaling, Tensor) else float(scaling), ready.ticket,
     )  # fmt: skip
-    return y, s, Ready(marks, ticket, (lora_A, lora_B))
+    return y, s

@@ -10,6 +10,7 @@ from .lora_expand import lora_expand
 from .lora_forward import lora_forward
 from .lora_grad_x import lora_grad_x
 from .lora_one_pass import fits_one_pass
+from .ready import Ready
 
 DECODE = "forward in one launch (lora_decode)"
 ONE_PASS = "forward in one launch (lora_one_pass)"
@@ -73,6 +74,7 @@ def lora_dx(
     mask: Tensor | None = None,
     *,
     beside: bool = False,
+    ready: Ready | None = None,
 ) -> Tensor:
     """``dx = mask * (ds A) + dy W0`` in the dtype of dy; arguments are those of `lora_grad_x`.
 
@@ -80,4 +82,4 @@ def lora_dx(
     """
     if adds_frozen_product(dy, backward=True):
         return lora_expand(ds, lora_A.t(), mask).addmm_(dy, weight)
-    return lora_grad_x(dy, weight, ds, lora_A, mask, beside=beside)
+    return lora_grad_x(dy, weight, ds, lora_A, mask, beside=beside, ready=ready)

@@ -104,6 +104,11 @@ def call(case: Case) -> None:
     if case.dropout:
         p, seed = 0.1, new((), dtype=torch.int64)
         mask = new((M, (K + 7) // 8), dtype=torch.uint8)
+
+    def marks() -> Any:
+        rows = -(-M // modules["config"].DS_ROWS)
+        return modules["ready"].Ready(new((rows,), dtype=torch.int64), 1 << 50)
+
     launch: dict[str, Callable[[], object]] = {
         "shrink": lambda: modules["lora_shrink"].lora_shrink(x, lora_A, scaling, p, seed),
         "ds": lambda: modules["lora_shrink"].lora_shrink(dy, lora_B.t(), scaling),
@@ -146,8 +151,11 @@ def call(case: Case) -> None:
         "one_pass": lambda: modules["lora_one_pass"].lora_one_pass(
             x, w, lora_A, lora_B, scaling, new((N,), dtype=dtype) if case.bias else None
         ),
-        "one_pass_back": lambda: modules["lora_one_pass"].lora_one_pass(
-            dy, w, lora_A, lora_B, scaling, backward=True
+        "grad_ab_ds": lambda: modules["lora_grad_ab_tma"].lora_grad_ab_ds(
+            x, mask, dy, s, lora_B, adapter, scaling
+        ),
+        "grad_x_ready": lambda: modules["lora_grad_x"].lora_grad_x(
+            dy, w, s, lora_A, mask, ready=marks()
         ),
         "grad_x": lambda: modules["lora_grad_x"].lora_grad_x(dy, w, s, lora_A, mask),
         "grad_x_beside": lambda: modules["lora_grad_x"].lora_grad_x(

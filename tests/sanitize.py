@@ -40,6 +40,8 @@ from fastlora.kernels.common import device_properties
 from fastlora.kernels.config import LaunchConfig
 from fastlora.kernels.lora_expand import lora_expand
 from fastlora.kernels.lora_grad_ab import lora_grad_ab
+from fastlora.kernels.lora_grad_ab_tma import lora_grad_ab_ds
+from fastlora.kernels.lora_grad_x import lora_grad_x
 from fastlora.kernels.lora_merge import lora_merge
 from fastlora.kernels.lora_merge_many import lora_merge_many
 from fastlora.kernels.lora_one_pass import lora_one_pass
@@ -136,13 +138,21 @@ def calls(
             lora_expand(made, deep.t(), mask)
 
     def one_pass() -> None:
-        if p > 0 or dtype is F32 or not common.has_tma(device_properties(x.device)[0]):
+        """The launches whose programs wait for one another."""
+        if dtype is F32 or not common.has_tma(device_properties(x.device)[0]):
             return
         rows, wide, dy = (draw(*size, dtype=dtype) for size in ((300, 328), (392, 328), (300, 392)))
         down, up = draw(R, 328, dtype=adapter), draw(392, R, dtype=adapter)
-        y, s, _ = lora_one_pass(rows, wide, down, up, scaling, draw(392, dtype=dtype))
-        dx, ds, ready = lora_one_pass(dy, wide, down, up, scaling, backward=True)
-        grads = lora_grad_ab(rows, ds, None, dy, s, adapter, adapter, ready)
+        y, s = lora_one_pass(rows, wide, down, up, scaling, draw(392, dtype=dtype))
+        mask = (
+            lora_shrink(rows, down, scaling, p, torch.tensor(5, device=DEVICE))[1]
+            if p > 0
+            else None
+        )
+        ds, *grads, ready = lora_grad_ab_ds(rows, mask, dy, s, up, adapter, scaling)
+        dx = lora_grad_x(dy, wide, ds, down.to(dtype), mask, ready=ready)
+        if mask is None:
+            grads += lora_grad_ab(rows, ds, None, dy, s, adapter, adapter)
         if not all(bool(torch.isfinite(t).all()) for t in (y, s, dx, ds, *grads)):
             raise RuntimeError("not finite: one_pass")
 
