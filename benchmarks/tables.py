@@ -357,6 +357,8 @@ SUITE_TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
     # A whole step, likewise.
     "training-step": {"training-step": functools.partial(model, kind="finetune"),
                       "training-step-run": machine},
+    "generation": {"generation-64": functools.partial(model, kind="generate"),
+                   "generation-64-run": machine},
     "checkpointing": {"checkpointing": functools.partial(model, kind="finetune"),
                       "checkpointing-run": machine},
 }  # fmt: skip
