@@ -49,6 +49,7 @@ def cases() -> list[Case]:
         Case("grad_ab_ds", 90, dtype="fp16", R=64),
         Case("grad_ab_ds", 90, dtype="fp16", dropout=True),
         Case("grad_ab_ds", 90, R=8, dropout=True, fp32_adapters=True, **few),
+        Case("grad_ab_ds", 90, N=14336),
         Case("grad_ab_ds", 90, R=64, N=14336),
         Case("grad_x_ready", 90),
         Case("grad_x_ready", 90, R=64, **few),
