@@ -170,9 +170,8 @@ def _plan(
     c, programs, makers, ds_stages = grad_ab_tma_config(K, N, R, num_sms)
     block_ds = max(block_r, 64) if word > 0 else block_r
     wide, narrow = (c.BLOCK_M, c.BLOCK_C), (c.BLOCK_M, block_r)
-    options: dict[str, Any] = (
-        {"maxnreg": 112} if word > 0 else {}
-    )  # what the GEMM of dx leaves with a mask
+    # With a mask the GEMM of dx leaves so many registers.
+    options: dict[str, Any] = {"maxnreg": 112} if word > 0 else {}
     return Launch(
         _lora_grad_ab_tma_kernel, (programs,), device, M, K, N, R, makers, strides_of[3][0],
         boxes=(wide, wide, narrow, (c.BLOCK_M, block_ds), (c.BLOCK_C, block_r)), fixed=True,

@@ -39,3 +39,20 @@ def pack(keep):
     padded = torch.nn.functional.pad(keep.int(), (0, -keep.shape[1] % 8))
     weights = 2 ** torch.arange(8, device=keep.device)
     return (padded.view(keep.shape[0], -1, 8) * weights).sum(-1).to(torch.uint8)
+
+
+def assert_same_bits_beside_other_work(device, steps, rounds):
+    """Steps give the same bits however often they run, beside each other and another stream's work."""
+    steps = [(step, step()) for step in steps]
+    other, side = randn(device, torch.bfloat16, 2048, 2048), torch.cuda.Stream()
+    for i in range(rounds):
+        with torch.cuda.stream(side):
+            other @ other  # programs come onto the GPU late, and in part
+            steps[i % len(steps)][0]()  # two of the kernels at once
+        for step, expected in steps:
+            if i % 50 == 0:
+                assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+            else:
+                made = step()
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    torch.cuda.synchronize()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import assert_rounded, pack, randn
+from kernel_checks import assert_rounded, assert_same_bits_beside_other_work, pack, randn
 
 from fastlora import autograd, reference
 from fastlora.kernels import lora_grad_ab_tma as grad_ab_module
@@ -156,19 +156,8 @@ def test_thousands_of_runs_beside_other_work_give_the_same_bits(device):
             ds, *grads, ready = lora_grad_ab_ds(x, mask, dy, s, lora_B, torch.bfloat16, 2.0)
             return ds, *grads, lora_grad_x(dy, weight, ds, lora_A, mask, ready=ready)
 
-        steps.append((step, step()))
-    other, side = randn(device, torch.bfloat16, 2048, 2048), torch.cuda.Stream()
-    for i in range(400):
-        with torch.cuda.stream(side):
-            other @ other  # programs come onto the GPU late, and in part
-            steps[i % 5][0]()  # two of the kernels at once
-        for step, expected in steps:
-            if i % 50 == 0:
-                assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
-            else:
-                made = step()
-    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
-    torch.cuda.synchronize()
+        steps.append(step)
+    assert_same_bits_beside_other_work(device, steps, 400)
 
 
 @pytest.mark.no_poison

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import assert_rounded, randn
+from kernel_checks import assert_rounded, assert_same_bits_beside_other_work, randn
 
 from fastlora import autograd
 from fastlora.kernels import lora_one_pass as one_pass_module
@@ -156,16 +156,5 @@ def test_thousands_of_runs_beside_other_work_give_the_same_bits(device):
         def step(operands=operands):
             return lora_one_pass(*operands, 2.0)
 
-        steps.append((step, step()))
-    other, side = randn(device, torch.bfloat16, 2048, 2048), torch.cuda.Stream()
-    for i in range(500):
-        with torch.cuda.stream(side):
-            other @ other  # programs come onto the GPU late, and in part
-            steps[i % 4][0]()  # two of the kernel at once
-        for step, expected in steps:
-            if i % 50 == 0:
-                assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
-            else:
-                made = step()
-    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
-    torch.cuda.synchronize()
+        steps.append(step)
+    assert_same_bits_beside_other_work(device, steps, 500)
