@@ -375,8 +375,8 @@ def grad_ab_tma_config(K: int, N: int, R: int, num_sms: int) -> tuple[ReduceConf
     30 KB, so that two programs fit beside the GEMM of dx on an SM; where there would be more, each takes
     several blocks of columns. us of the whole backward on one H200 in a CUDA graph, 8192 tokens, rank 16,
     without dropout, dx beside it, in brackets with pointers: 4096 -> 4096 452 (475), -> 14336 1546 (1601),
-    8192 -> 8192 1753 (1801), 4096 -> 1024 126 (152). A wgmma reads what TMA has put into shared memory, where
-    pointers take 56 registers of a thread. Wider blocks have less room: 476 to 4096 with 128 columns.
+    8192 -> 8192 1753 (1801), 4096 -> 1024 126 (152). A step over 64 columns takes 87 instructions, one
+    over 32 by pointers 84. Wider blocks have less room: 476 to 4096 with 128 columns.
     """
     blocks_b, blocks = cdiv(N, 64), cdiv(N, 64) + cdiv(K, 64)
     rounds = cdiv(blocks, 2 * num_sms)
