@@ -9,6 +9,7 @@ import argparse
 import datetime
 import inspect
 import os
+import time
 import traceback
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def main():
             raise SystemExit(f"failed: {check.__name__} on rank {dist.get_rank()}") from None
         dist.barrier()
     dist.destroy_process_group()
+    time.sleep(0.2)  # for gloo's threads, as in examples/finetune_distributed.py
 
 
 if __name__ == "__main__":
