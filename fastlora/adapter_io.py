@@ -112,7 +112,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     layers = _lora_layers(_unwrap(model))
     config, tensors = read_adapter(folder)
     wanted = _peft_tensors(layers)
-    check_keys(tensors, wanted, str(Path(folder) / WEIGHTS_NAME))
+    where = str(Path(folder) / WEIGHTS_NAME)
+    tensors = _without_frozen(tensors, layers, where)
+    check_keys(tensors, wanted, where)
     for key, parameter in wanted.items():
         check_tensor(key, tensors[key], parameter, tuple(parameter.shape))
     for name, layer in layers.items():
@@ -121,6 +123,34 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for key, parameter in wanted.items():
             parameter.copy_(_laid_out(tensors[key], parameter))
     merge_anew(layers.values())
+
+
+def _without_frozen(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, LoRALayer], where: str
+) -> dict[str, Tensor]:
+    """What is left without the frozen weights that PEFT saves beside adapters of embeddings and ``lm_head``.
+
+    Raises:
+        ValueError: one is not the model's own, in the less exact of both dtypes.
+    """
+    rest = dict(tensors)
+    for name, layer in layers.items():
+        for part in ("weight", "bias"):
+            value = rest.pop(key := f"{PREFIX}{name}.base_layer.{part}", None)
+            if value is None:
+                continue
+            own = layer.state_dict().get(part)  # of a merged layer the frozen values
+            if own is not None and is_dtensor(own):
+                own = own.full_tensor()
+            if own is None or own.shape != value.shape or not _same(own.cpu(), value):
+                raise ValueError(
+                    f"{where}: {key} differs from the model's, which the adapter is not for"
+                )
+    return rest
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
 
 
 def _write(folder: Path, parameters: Mapping[str, Tensor], config: str) -> None:

@@ -25,6 +25,7 @@ _MAX_CONFIG = 1 << 20
 _MAX_HEADER = 100_000_000  # what safetensors itself takes
 _MAX_PATTERNS = 4096
 _VARIANTS = {
+    ".base_layer.": "the frozen model, as PEFT saves it without save_embedding_layers=False",
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "an adapter of an embedding",
     "lora_B.bias": "lora_bias",

@@ -33,7 +33,7 @@ from fastlora.kernels.lora_product import (
     lora_y,
 )
 from fastlora.kernels.lora_shrink import lora_shrink
-from fastlora.reference import draw_seed
+from fastlora.reference import draw_seed, rows_of, shaped
 from fastlora.replay import replayed, saving_is_watched
 
 _EAGERLY = "; run this part eagerly: `with fastlora.dispatch.force('eager'):` around its forward"
@@ -193,11 +193,7 @@ def gradients(
     """
     x, weight, lora_A, lora_B, s, mask, scaling_tensor = ctx.saved_tensors
     x = None if x is None else rows_of(x)
-    # Kernels take these two as they were made; hooks of saved tensors may have brought others.
-    if s is not None and s.stride(1) != 1:
-        s = s.contiguous()
-    if mask is not None:
-        mask = mask.contiguous()
+    s, mask = as_made(s, mask)
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     dx, da, db = backward(
         dy, x, weight, lora_A, lora_B, s, mask, scaling_tensor, ctx.scaling, ctx.dropout_p,
@@ -208,6 +204,12 @@ def gradients(
     return dx, dw, dbias, da, db, None, None, None, None
 
 
+def as_made(s: Tensor | None, *others: Tensor | None) -> list[Any]:
+    """Dense rows of s, and others contiguous, as they were made: hooks of saved tensors may change that."""
+    dense = s if s is None or s.stride(-1) == 1 else s.contiguous()
+    return [dense, *(None if t is None else t.contiguous() for t in others)]
+
+
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """``dW = dy^T x`` of rows dy ``[M, N]`` and x ``[M, K]``."""
     # torch's bf16 product on a CPU reads what lies between the columns of a strided dy as well.
@@ -216,28 +218,9 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 def waited_for(dy: Tensor) -> Tensor:
     """A plain tensor: a collective still in flight has no data to point to, a copy waits for it."""
+    if torch._C._functorch.is_legacy_batchedtensor(dy):  # autograd.grad(is_grads_batched=True)
+        raise RuntimeError(f"fastlora's kernels have no vmap rule{_EAGERLY}")
     return dy if type(dy) is Tensor else dy.clone()
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """``(..., K)`` as ``[M, K]``."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def shaped(y: Tensor, x: Tensor) -> Tensor:
-    """Rows ``[M, N]`` as those of x ``(..., K)`` lie; no view to autograd, for it may be changed in place."""
-    if x.dim() == 2:
-        return y
-    made: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
-    return made
-
-
-def refuse_graph_of_backward() -> None:
-    """Raise under create_graph=True, where the gradients of the kernels would be constants in the graph."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"fastlora's kernels have no double backward (create_graph=True){_EAGERLY}"
-        )
 
 
 def no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -317,7 +300,7 @@ class LoRALinearFunction(KernelFunction):
         if seed is None and factors[-1] > 0:  # dropout_p
             seed = draw_seed(x.device)
         y, s, mask = fused_forward(rows_of(x), weight, bias, lora_A, lora_B, seed, *factors)
-        return shaped(y, x), s, mask
+        return shaped(y, x.shape[:-1]), s, mask
 
     setup_context = staticmethod(setup_context)
 
@@ -328,4 +311,4 @@ class LoRALinearFunction(KernelFunction):
             return (None,) * 9
         dy = waited_for(dy)
         dx, *others = gradients(ctx, rows_of(dy), _LoRALinearBackward.run)
-        return None if dx is None else shaped(dx, dy), *others
+        return None if dx is None else shaped(dx, dy.shape[:-1]), *others

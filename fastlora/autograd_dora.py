@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora import autograd
-from fastlora.autograd import BackwardFunction, KernelFunction, factor_on, waited_for
+from fastlora.autograd import BackwardFunction, KernelFunction, as_made, factor_on, waited_for
 from fastlora.kernels.common import for_tma
 from fastlora.kernels.dora_grad import dora_grad
 from fastlora.kernels.dora_norm import dora_norm
@@ -117,7 +117,9 @@ def gradients(
 
     ``backward`` is `fused_backward`, or a form of it that autograd or torch.compile sees as one op.
     """
-    *saved, z, scaling_tensor = ctx.saved_tensors
+    x, weight, lora_A, lora_B, magnitude, s, g, norm, z, scaling_tensor = ctx.saved_tensors
+    s, g, norm, z = as_made(s, g, norm, z)
+    saved = (x, weight, lora_A, lora_B, magnitude, s, g, norm)
     need_x, need_w, need_bias, need_a, need_b, need_m = ctx.needs_input_grad[:6]
     if need_m and z is None:
         raise ValueError("keep_z must be True where magnitude requires a gradient, got False")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlora.autograd import KernelFunction, factor_on, refuse_graph_of_backward, waited_for
+from fastlora.autograd import BackwardFunction, KernelFunction, as_made, factor_on, waited_for
 from fastlora.kernels.lora_embedding import lora_embedding, lora_embedding_grad_a
 from fastlora.kernels.lora_grad_b import lora_grad_b
 from fastlora.reference import sparse_columns
@@ -90,6 +90,7 @@ def gradients(
     torch's own `embedding_backward` takes its place, that sorts the ids too: sums go in a fixed order.
     """
     ids, lora_B, s, scaling_tensor = ctx.saved_tensors
+    s, ids = as_made(s, ids)
     _, need_w, need_a, need_b = ctx.needs_input_grad[:4]
     if need_b and s is None:
         raise ValueError("need_s must be True where lora_B requires a gradient, got False")
@@ -126,6 +127,18 @@ def _torchs_scatter(
     return out
 
 
+class _LoRAEmbeddingBackward(BackwardFunction):
+    """Where a graph of ds and dB is recorded."""
+
+    forward = staticmethod(fused_backward)
+
+
+class _LoRAEmbeddingScatter(BackwardFunction):
+    """Where a graph of dA is recorded."""
+
+    forward = staticmethod(lora_embedding_grad_a)
+
+
 class LoRAEmbeddingFunction(KernelFunction):
     """``y = weight[ids] + scaling * A[:, ids]^T B^T`` for 1-D ids, fused, with s beside it."""
 
@@ -148,9 +161,8 @@ class LoRAEmbeddingFunction(KernelFunction):
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
         if dy is None:
             return (None,) * 10
-        refuse_graph_of_backward()
         return (
             None,
-            *gradients(ctx, waited_for(dy), fused_backward, lora_embedding_grad_a),
+            *gradients(ctx, waited_for(dy), _LoRAEmbeddingBackward.run, _LoRAEmbeddingScatter.run),
             *[None] * 6,
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.autograd import BackwardFunction, KernelFunction, waited_for, weight_gradient
+from fastlora.autograd import BackwardFunction, KernelFunction, as_made, waited_for, weight_gradient
 from fastlora.kernels.common import empty_rows
 from fastlora.kernels.config import dropout_threshold, keep_scale
 from fastlora.kernels.lora_grad_a import lora_grad_a
@@ -172,6 +172,7 @@ def gradients(
     ``backward`` is `fused_backward`, or a form of it that autograd or torch.compile sees as one op.
     """
     x, mask, s, scaling, *saved = ctx.saved_tensors
+    s, mask = as_made(s, mask)
     scaling = ctx.scaling if scaling is None else scaling
     n = len(ctx.has_bias)
     weights, lora_As, lora_Bs = saved[:n], saved[n : 2 * n], saved[2 * n :]

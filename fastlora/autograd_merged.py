@@ -15,6 +15,7 @@ from torch import Tensor
 from fastlora.autograd import (
     BackwardFunction,
     KernelFunction,
+    as_made,
     factor_on,
     waited_for,
     weight_gradient,
@@ -118,6 +119,7 @@ def gradients(
     ``backward`` is `fused_backward`, or a form of it that autograd or torch.compile sees as one op.
     """
     x, weight, lora_A, lora_B, s, mask, scaling_tensor = ctx.saved_tensors
+    _, s, mask = as_made(None, s, mask)
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     dx, da, db = backward(
         dy, x, weight, lora_A, lora_B, s, mask, scaling_tensor, ctx.scaling, ctx.dropout_p, ctx.slices,

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fastlora.adapters import Routing
 from fastlora.autograd import (
+    BackwardFunction,
     KernelFunction,
-    refuse_graph_of_backward,
-    rows_of,
-    shaped,
+    as_made,
     waited_for,
     weight_gradient,
 )
@@ -31,6 +30,7 @@ from fastlora.kernels.multi_grad import lora_multi_grad
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 from fastlora.kernels.multi_shrink_blocks import lora_multi_shrink_blocks
 from fastlora.kernels.multi_shrink_rows import lora_multi_shrink_rows
+from fastlora.reference import rows_of, shaped
 
 FEW = ("decode", "add")
 """The kinds of `multi_gemm_tiles` where each row gathers its own adapter."""
@@ -217,6 +217,7 @@ def gradients(
     ``backward`` takes the arguments of `fused_backward`, and the saved tables in place of the routing.
     """
     x, weight, lora_A, lora_B, s, mask, scaling, ranks, *tables = ctx.saved_tensors
+    s, mask, scaling, ranks, *tables = as_made(s, mask, scaling, ranks, *tables)
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     if need_b and s is None:
         raise ValueError("need_s must be True where lora_B requires a gradient, got False")
@@ -240,11 +241,17 @@ class LoRALinearMultiForward(KernelFunction):
         num_adapters, kinds, *tables = args[8:]
         routing = Routing.with_tables(num_adapters, kinds, tables)
         y, _, _ = fused_forward(rows_of(x), *args[:8], False, routing)  # type: ignore[call-arg]
-        return (shaped(y, x),)
+        return (shaped(y, x.shape[:-1]),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
         """Keep nothing."""
+
+
+class _LoRALinearMultiBackward(BackwardFunction):
+    """Where a graph of the backward of many adapters is recorded."""
+
+    forward = staticmethod(fused_backward)
 
 
 class LoRALinearMultiFunction(torch.autograd.Function):
@@ -262,7 +269,6 @@ class LoRALinearMultiFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Take dy ``[M, N]``; give the gradients that are needed, each in its own dtype."""
-        refuse_graph_of_backward()
         routing: Routing = ctx.routing
         if routing.version != ctx.routing_version:
             raise RuntimeError(
@@ -270,6 +276,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
             )
 
         def backward(*args: Any) -> tuple[Tensor | None, ...]:
-            return fused_backward(*args[:-1], routing)  # type: ignore[call-arg]
+            made: tuple[Tensor | None, ...] = _LoRALinearMultiBackward.run(*args[:-1], routing)
+            return made
 
         return (*gradients(ctx, waited_for(dy), backward), *[None] * 6)

@@ -25,6 +25,7 @@ except ImportError as error:  # no Triton on this platform, or one without what 
 
 HAS_TRITON = not _TRITON_PROBLEM
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TRACER = torch._C._TorchDispatchModeKey.PROXY
 
 
 class _Forced(threading.local):
@@ -184,8 +185,9 @@ def problem_for(
     Returns:
         str: the reason for the eager path, or ``""`` for the fused one.
     """
-    if _forced.path == "eager":
-        return "fastlora.dispatch.force('eager') is active"
+    problem = _callers_problem()
+    if problem:
+        return problem
     for t in (x, weight, lora_A, lora_B):
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return "a tensor is of a subclass, which the kernels cannot look into"
@@ -279,14 +281,23 @@ def kernels_can_route(ids: Tensor) -> bool:
         and type(ids) is Tensor
         and not torch.compiler.is_compiling()
         and 0 < ids.shape[0] <= ROUTE_ROWS
-        and _forced.path != "eager"
+        and not _callers_problem()
         and not _this_machines_problem(ids.device, (torch.float32, torch.float32))
     )
 
 
 def is_forced() -> bool:
-    """Whether a block of `force` is active in this thread."""
-    return _forced.path is not None
+    """Whether this thread's calls run eager, whatever their tensors are."""
+    return bool(_callers_problem())
+
+
+def _callers_problem() -> str:
+    """Why this thread's calls run eager, whatever their tensors are; "" where nothing asks for that."""
+    if _forced.path == "eager":
+        return "fastlora.dispatch.force('eager') is active"
+    if not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(_TRACER) is not None:
+        return "make_fx is tracing, which does not see the kernels"
+    return ""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

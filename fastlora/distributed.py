@@ -57,6 +57,10 @@ class _LoRAStyle(ParallelStyle):
                 f"{type(self).__name__} parallelizes a fastlora.LoRALinear, "
                 f"got {type(module).__name__}"
             )
+        if module.merged:
+            raise ValueError(
+                f"{type(self).__name__} needs a layer that is not merged; unmerge it first"
+            )
         if device_mesh.ndim != 1:
             raise ValueError(
                 f"{type(self).__name__} needs a 1-D device mesh, got {device_mesh.ndim} dimensions"

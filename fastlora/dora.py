@@ -88,7 +88,8 @@ def dora_linear(
             remember_fused(signature)
     if compiling and not isinstance(scaling, Tensor):
         # As a number it would be a constant of the op, and every new value a recompilation.
-        scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scaling = scaling * torch.ones((), dtype=dtype, device=x.device)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if p == 0:
         y = run(rows, weight, lora_A, lora_B, magnitude, bias, scaling)
@@ -98,7 +99,7 @@ def dora_linear(
         y = run(dropped, weight, lora_A, lora_B, magnitude, bias, scaling)
         # x W0^T - xd W0^T as one product, added to y in its accumulator.
         y = y.addmm_(rows - dropped, weight.t())
-    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+    return reference.shaped(y, x.shape[:-1])
 
 
 def _check_magnitude(magnitude: object, out_features: int, device: torch.device) -> None:

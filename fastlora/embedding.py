@@ -141,8 +141,7 @@ def lora_embedding(
     else:
         made = replayed(LoRAEmbeddingFunction, arguments)
         y, _ = made or fused_forward(*unwrap_dead_wrappers(arguments[:5]), *arguments[5:])
-    shaped: Tensor = y if ids.dim() == 1 else y.view(*ids.shape, weight.shape[1])
-    return shaped
+    return reference.shaped(y, ids.shape)
 
 
 def _signature(

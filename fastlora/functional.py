@@ -10,7 +10,7 @@ from fastlora.dispatch import HAS_TRITON, Decision, decide_for, is_forced, probl
 
 if HAS_TRITON:
     from fastlora import ops
-    from fastlora.autograd import LoRALinearFunction, rows_of
+    from fastlora.autograd import LoRALinearFunction
     from fastlora.kernels import native
     from fastlora.kernels.lora_product import forward_way
     from fastlora.replay import replayed
@@ -98,7 +98,7 @@ def lora_linear(
         scaling = scaling * torch.ones((), dtype=torch.float32, device=x.device)
     scaling_tensor = scaling if isinstance(scaling, Tensor) else None
     run = ops.lora_linear if compiling else LoRALinearFunction.apply
-    rows = rows_of(x) if compiling else x
+    rows = reference.rows_of(x) if compiling else x
     y: Tensor
     y, _, _ = run(
         rows,
@@ -111,7 +111,7 @@ def lora_linear(
         1.0 if isinstance(scaling, Tensor) else float(scaling),
         dropout_p,
     )
-    return y if rows is x else y.view(*x.shape[:-1], weight.shape[0])
+    return y if rows is x else reference.shaped(y, x.shape[:-1])
 
 
 def _replayed(
@@ -237,7 +237,7 @@ def explain(
     decision = decide_for(x, weight, lora_A, lora_B)
     if not decision.fused:
         return decision
-    way = forward_way(rows_of(x), weight, lora_A.shape[0], dropout_p)
+    way = forward_way(reference.rows_of(x), weight, lora_A.shape[0], dropout_p)
     return Decision(decision.path, f"{decision.reason}; {way}")
 
 

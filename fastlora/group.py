@@ -124,7 +124,7 @@ def lora_linear_group(
         made = LoRALinearGroupFunction.apply(
             rows, seed, _factors(scaling, x.device), dropout_p, has_bias, *tensors
         )
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in made[: len(weights)])
+    return tuple(reference.shaped(y, x.shape[:-1]) for y in made[: len(weights)])
 
 
 def explain_group(
@@ -166,9 +166,10 @@ def explain_group(
     problem = _problem(x, weights, lora_As, lora_Bs)
     if problem:
         return Decision("eager", problem)
-    rank = sum(a.shape[0] for a in lora_As)
+    apart = _separate(lora_As)
+    rank = None if apart else sum(a.shape[0] for a in lora_As)
     decision = decide_for(x, weights[0], lora_As[0], lora_Bs[0], rank=rank)
-    words = _separate(lora_As) or f" in one pass over x: {_sum_of_ranks(lora_As)}"
+    words = apart or f" in one pass over x: {_sum_of_ranks(lora_As)}"
     return Decision("fused", f"{decision.reason}{words}")
 
 

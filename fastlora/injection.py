@@ -230,7 +230,8 @@ def _freeze_all_but_lora(model: nn.Module) -> None:
         id(p)
         for module in model.modules()
         if isinstance(module, LoRALayer)
-        for p in (module.lora_A, module.lora_B)
+        for name, p in module.named_parameters()
+        if any(part.startswith("lora_") for part in name.split("."))
     }
     for parameter in model.parameters():
         if id(parameter) not in adapters:

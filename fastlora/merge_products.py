@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from fastlora import reference
 from fastlora.dispatch import HAS_TRITON, problem_for
@@ -46,6 +47,7 @@ def write(product: Product) -> None:
         reference.lora_merge(part, a, b, scaling, out)
     else:
         lora_merge(part, a, b, scaling, out)
+        increment_version(out)  # the kernel's writes are not seen by autograd
 
 
 def write_all(products: Sequence[Product]) -> None:
@@ -72,6 +74,7 @@ def write_all(products: Sequence[Product]) -> None:
             write(product)
     for of_device in together.values():
         lora_merge_many(of_device)
+        increment_version([product.out for group in of_device for product in group])
 
 
 @dataclass

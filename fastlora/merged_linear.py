@@ -102,7 +102,7 @@ def lora_merged_linear(
         y, _, _ = ops_merged.lora_merged_linear(*arguments, list(itertools.chain(*slices)))
     else:
         y, _, _ = LoRAMergedLinearFunction.apply(*arguments, slices)
-    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return reference.shaped(y, x.shape[:-1])
 
 
 def _check_slices(

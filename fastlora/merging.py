@@ -21,6 +21,8 @@ class Frozen:
     """The frozen weight of a merged layer: the Parameter itself, or its values in host memory."""
 
     values: Tensor
+    merged: nn.Parameter | None = None
+    """What stands in the Parameter's place."""
     on_host: bool = field(init=False)
     """Whether the weight was merged in place, its frozen values copied to the host."""
 
@@ -146,9 +148,9 @@ class LoRALayer(nn.Module):
 
     def _take_merged(self, values: Tensor) -> None:
         """Put merged values beside the frozen weight, which stays as it is, and in its place."""
-        holder = self._weight_holder()
-        self._frozen = Frozen(parameter_of(holder, "weight"))
-        holder.weight = nn.Parameter(values, requires_grad=False)
+        holder, merged = self._weight_holder(), nn.Parameter(values, requires_grad=False)
+        self._frozen = Frozen(parameter_of(holder, "weight"), merged)
+        holder.weight = merged
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -185,11 +187,20 @@ class LoRALayer(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the frozen weight back, bit for bit; the adapter stays. Nothing to do if not merged."""
+        """Give the frozen weight back, bit for bit; the adapter stays. Nothing to do if not merged.
+
+        Raises:
+            RuntimeError: Another weight took the merged one's place: the layer was sharded meanwhile.
+        """
         frozen, holder = self._frozen, self._weight_holder()
         if frozen is None:
             return
         if isinstance(frozen.values, nn.Parameter):
+            if holder._parameters.get("weight") is not frozen.merged:
+                raise RuntimeError(
+                    f"the weight of this {type(self).__name__} was replaced while it was merged, as "
+                    "fully_shard does, which goes on with the merged values; unmerge before that"
+                )
             holder.weight = frozen.values
         else:
             cast(Tensor, holder.weight).copy_(frozen.values)
@@ -206,7 +217,7 @@ class LoRALayer(nn.Module):
 
     def _refuse_training_while_merged(self) -> None:
         """Raise where a merged layer would silently give its adapter no gradient."""
-        if torch.is_grad_enabled() and self.lora_A.requires_grad:
+        if torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad):
             raise RuntimeError(
                 f"this {type(self).__name__} is merged and in training mode, where its adapter "
                 "would get no gradient; call unmerge() to train, or eval()"

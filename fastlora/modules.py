@@ -40,12 +40,13 @@ class LoRAWeightLayer(LoRALayer):
         # broadcasts leave it alone. On the CPU, for a weight on meta, it goes with any device.
         weight = self.weight
         self._scaling = float(value)
-        self._scaling_tensor = torch.full(
-            (),
-            self._scaling,
-            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-            device="cpu" if weight.is_meta else weight.device,
-        )
+        with torch.inference_mode(False):  # compiled code saves it for backward
+            self._scaling_tensor = torch.full(
+                (),
+                self._scaling,
+                dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+                device="cpu" if weight.is_meta else weight.device,
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRAWeightLayer:
         super()._apply(fn, recurse)

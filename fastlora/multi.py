@@ -87,7 +87,7 @@ def lora_linear_multi(
             scaling=scaling, ranks=ranks, bias=bias, dropout_p=dropout_p, seed=seed,
             compute=reference.in_place_of_kernels(x),
         )  # fmt: skip
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return reference.shaped(y, x.shape[:-1])
 
     L = lora_A.shape[0]
     compiling = torch.compiler.is_compiling()
@@ -108,7 +108,7 @@ def lora_linear_multi(
         if made is not None:
             return made
         y = LoRALinearMultiFunction.apply(*arguments, routing)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return reference.shaped(y, x.shape[:-1])
 
 
 def _replayed(

@@ -46,6 +46,19 @@ def in_place_of_kernels(x: Tensor) -> torch.dtype | None:
     return None if x.device.type == "cpu" else x.dtype
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """``(..., K)`` as ``[M, K]``."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def shaped(y: Tensor, leading: Sequence[int]) -> Tensor:
+    """Rows ``[M, N]`` as ``(*leading, N)``; no view to autograd, for it may be changed in place."""
+    if len(leading) == 1:
+        return y
+    made: Tensor = torch.ops.aten._unsafe_view(y, [*leading, y.shape[1]])
+    return made
+
+
 def _drop(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
     """``dropout(x)`` of a 2-D x, with the kernels' mask."""
     if p <= 0:
@@ -86,7 +99,7 @@ def lora_linear(
     Returns:
         Tensor: ``(..., N)`` in the dtype of ``x``.
     """
-    N, K = weight.shape
+    K = weight.shape[1]
     compute = _products_dtype(x, compute)
     with no_autocast(x.device.type):
         x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
@@ -95,7 +108,7 @@ def lora_linear(
         y = x_c @ weight.to(compute).t() + s @ lora_B.to(compute).t()
         if bias is not None:
             y = y + bias.to(compute)
-    return y.to(x.dtype).reshape(*x.shape[:-1], N)
+    return shaped(y.to(x.dtype), x.shape[:-1])
 
 
 def lora_linear_group(
@@ -223,7 +236,7 @@ def dora_linear(
     Returns:
         Tensor: ``(..., N)`` in the dtype of ``x``.
     """
-    N, K = weight.shape
+    K = weight.shape[1]
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     with no_autocast(x.device.type):
         x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
@@ -234,7 +247,7 @@ def dora_linear(
         y = y + g * (scaling * (dropped @ a.t()) @ b.t())
         if bias is not None:
             y = y + bias.to(compute)
-    return y.to(x.dtype).reshape(*x.shape[:-1], N)
+    return shaped(y.to(x.dtype), x.shape[:-1])
 
 
 def lora_merged_linear(
@@ -270,7 +283,7 @@ def lora_merged_linear(
     Returns:
         Tensor: ``(..., N)`` in the dtype of ``x``.
     """
-    N, K = weight.shape
+    K = weight.shape[1]
     compute = _products_dtype(x, compute)
     with no_autocast(x.device.type):
         x_c = x.reshape(x.shape[:-1].numel(), K).to(compute)
@@ -287,7 +300,7 @@ def lora_merged_linear(
         y = torch.cat([*parts, y[:, end:]], 1)
         if bias is not None:
             y = y + bias.to(compute)
-    return y.to(x.dtype).reshape(*x.shape[:-1], N)
+    return shaped(y.to(x.dtype), x.shape[:-1])
 
 
 def lora_merge(

@@ -213,13 +213,23 @@ def device_properties(device: torch.device) -> tuple[int, int]:
     return props.major, props.multi_processor_count
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's own fp32 matmul may use TF32.
+
+    By the setting that torch 2.9 introduced where there is one: the older then raises if the newer was set.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
+
+
 def dot_precision(dtype: torch.dtype, depth: int = 2) -> str:
     """`input_precision` of products over ``depth``: for fp32 TF32 only if torch's own matmul may use it.
 
     A sum of a single term is exact in any case: Triton 3.6 builds a TF32 wgmma for it that reads past the
     end of shared memory.
     """
-    if dtype == torch.float32 and (depth == 1 or not torch.backends.cuda.matmul.allow_tf32):
+    if dtype == torch.float32 and (depth == 1 or not tf32_allowed()):
         return "ieee"
     return "tf32"
 

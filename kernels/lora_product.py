@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .common import tf32_allowed
 from .config import adds_to_rank_product, decodes, dropout_threshold
 from .lora_expand import lora_expand
 from .lora_forward import lora_forward
@@ -41,7 +42,7 @@ def adds_frozen_product(x: Tensor, *, backward: bool = False) -> bool:
     Never where PyTorch may only run what is deterministic: it then refuses cuBLAS without a setting of its
     workspace, which the fused GEMM does not need.
     """
-    fused_fp32 = not backward and torch.backends.cuda.matmul.allow_tf32
+    fused_fp32 = not backward and x.dtype == torch.float32 and tf32_allowed()
     return (
         adds_to_rank_product(x.shape[0], x.element_size(), x.device.type, fused_fp32)
         and not torch.are_deterministic_algorithms_enabled()

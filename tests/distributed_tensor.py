@@ -281,6 +281,10 @@ def tp_copies(folder):
 
 
 def tp_names_what_is_wrong(folder):
+    merged = fastlora.LoRALinear(nn.Linear(8, 8), r=2, lora_alpha=4).eval()
+    merged.merge()
+    with raises(ValueError, "RowwiseLoRA needs a layer that is not merged"):
+        parallel(nn.Sequential(merged), {"0": RowwiseLoRA()})
     with raises(TypeError, "ColwiseLoRA parallelizes a fastlora.LoRALinear, got Linear"):
         parallel(nn.Sequential(nn.Linear(4, 4)), {"0": ColwiseLoRA()})
     with raises(TypeError, "input_layouts", "list"):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastlora import LoRALinear, inject, load_adapter, save_adapter
+from fastlora import LoRALinear, inject, load_adapter, merge, save_adapter, unmerge
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -333,3 +333,27 @@ def test_meta_layers_are_refused(tmp_path):
         save_adapter(injected().to("meta"), tmp_path)
     with pytest.raises(ValueError, match="meta device"):
         load_adapter(injected().to("meta"), tmp_path)
+
+
+def test_the_frozen_head_that_peft_saves_is_checked_and_left_alone(tmp_path):
+    peft = pytest.importorskip("peft")
+    from peft_cases import llama as base
+
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    plain = base()
+    trained = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    trained.save_pretrained(tmp_path)
+    model = plain
+    inject(model, ("q_proj", "lm_head"), r=4, lora_alpha=8)
+    load_adapter(model, tmp_path)
+    ids = torch.tensor([[1, 5, 7]])
+    torch.testing.assert_close(model.eval()(ids).logits, trained(ids).logits)
+    merge(model)  # the frozen values count, not the merged ones
+    load_adapter(model, tmp_path)
+    unmerge(model)
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    with pytest.raises(ValueError, match=r"lm_head\.base_layer\.weight differs from the model's"):
+        load_adapter(model, tmp_path)

@@ -77,7 +77,7 @@ def compile_in_a_process(cache):
         env=env,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()[-1]

@@ -325,3 +325,14 @@ def _third_call_fails(function):
         return function(tensor)
 
     return wrapped
+
+
+def test_parametrized_adapters_of_before_stay_trainable():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    inject(model, ("a",), r=2, lora_alpha=2)
+    nn.utils.parametrize.register_parametrization(model["a"], "lora_A", nn.Identity())
+    inject(model, ("b",), r=2, lora_alpha=2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        "a.parametrizations.lora_A.original", "a.lora_B", "b.lora_A", "b.lora_B",
+    }  # fmt: skip

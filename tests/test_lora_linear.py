@@ -310,3 +310,24 @@ def test_a_dropped_nan_or_inf_stays_out_of_the_branch(oracle, device, value, kep
     for name, e in expected.items():
         assert torch.equal(got[name].isfinite(), e.isfinite()), name
     assert got["x"].isfinite().all()
+
+
+@pytest.mark.alone  # the older setting cannot be read any more where the newer was used
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_newer_setting_of_tf32_is_read(dtype, device):
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    from fastlora.kernels.common import dot_precision, tf32_allowed
+
+    x, weight, a, b = (
+        torch.randn(shape, device=device).to(dtype)
+        for shape in ((300, 16), (8, 16), (2, 16), (8, 2))
+    )
+    for value, allowed in (("tf32", True), ("ieee", False)):
+        matmul.fp32_precision = value
+        assert tf32_allowed() == allowed
+        assert dot_precision(torch.float32) == ("tf32" if allowed else "ieee")
+        expected = x.double() @ (weight.double() + b.double() @ a.double()).t()
+        y = fastlora.lora_linear(x, weight, a, b)
+        torch.testing.assert_close(y.double(), expected, rtol=0.1, atol=0.3)

@@ -402,3 +402,34 @@ def test_the_page_about_layers_runs():
     scope = {"__name__": "page"}
     exec("\n".join(blocks), scope)
     assert scope["model"].qkv.merged
+
+
+@pytest.mark.parametrize(
+    "again", [lambda model: model[0].merge(), fastlora.merge], ids=["layer", "model"]
+)
+def test_merging_anew_before_the_backward_of_a_forward_is_noticed(again):
+    model = make_model(n=1)
+    fastlora.merge(model)
+    y = model(torch.randn(3, 16, requires_grad=True))
+    nn.init.normal_(model[0].lora_B)
+    again(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_training_lora_B_alone_while_merged_is_refused():
+    layer = make().train()
+    layer.lora_A.requires_grad_(False)
+    layer.merge()
+    with pytest.raises(RuntimeError, match="merged and in training mode"):
+        layer(torch.randn(3, 40))
+
+
+def test_a_weight_that_was_replaced_while_merged_is_not_taken_for_the_merged_one():
+    """As FSDP does, which would go on to install its own: the adapter would count twice."""
+    layer = make()
+    layer.merge()
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="was replaced while it was merged"):
+        layer.unmerge()
+    assert layer.merged

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         if device.type != "cuda":
             return _without_gpu(console, args, providers)
         return _measure(console, args, CudaClock(device), cases, providers, left_out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         console.print(f"bench: {error}", markup=False)
         return 2
 

@@ -137,11 +137,14 @@ def pick_device(name: str) -> torch.device:
     """The device for ``--device``: ``"auto"`` is CUDA where there is one, else the CPU.
 
     Raises:
-        SystemExit: CUDA is asked for and not there.
+        SystemExit: there is no such device, or CUDA is asked for and not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {name}: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {name}: torch {torch.__version__} sees no CUDA GPU")
     if device.type == "cuda" and device.index is None:

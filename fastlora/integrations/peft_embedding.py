@@ -44,6 +44,8 @@ class AcceleratedEmbedding(PeftEmbedding):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What PEFT's forward computes, in the same dtype."""
+        if not isinstance(self, AcceleratedEmbedding):  # a forward that was bound before `restore`
+            return PeftEmbedding.forward(self, x, *args, **kwargs)
         if args or kwargs:  # adapter_names of a mixed batch among them
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         found = operands(self, x)

@@ -47,6 +47,8 @@ class AcceleratedLinear(PeftLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What PEFT's forward computes, in the same dtype."""
+        if not isinstance(self, AcceleratedLinear):  # a forward that was bound before `restore`
+            return PeftLinear.forward(self, x, *args, **kwargs)
         names = None
         if args or kwargs:
             names = kwargs.get("adapter_names")
@@ -125,6 +127,8 @@ def operands(
         if found is not None:
             adapters[name] = found
     mixed = names is not None and len(active) > 1
+    if names is not None and any(a.magnitude is not None for a in adapters.values()):
+        return "an adapter of adapter_names is DoRA, which PEFT refuses"
     problem = _combination_problem(adapters, mixed)
     if problem is not None:
         return problem
@@ -135,6 +139,8 @@ def operands(
         return f"x is a {type(x).__name__}"
     elif x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return f"x of shape {tuple(x.shape)} does not fit {weight.shape[1]} in_features"
+    if x.dim() == 1 and any(a.magnitude is not None for a in adapters.values()):
+        return "x is one row, of which PEFT's DoRA makes a batch"
     if names is not None and (x.dim() < 2 or x.shape[0] != len(names)):
         return f"x of shape {tuple(x.shape)} does not fit {len(names)} adapter_names"
     dtype, index = autocast_dtype(x), x.get_device()
@@ -239,7 +245,8 @@ def _read_adapter(layer: PeftLinear, name: str) -> Adapter | str | None:
         return f"lora_A or lora_B of {name!r} is not exactly torch.nn.Linear"
     dropout = modules["lora_dropout"]._modules[name]
     if type(dropout) is nn.Dropout:
-        p = dropout.p if dropout.training else 0.0
+        # PEFT's DoRA looks at the layer alone first.
+        p = dropout.p if dropout.training and (magnitude is None or layer.training) else 0.0
         if dropout.inplace:
             return f"the dropout of {name!r} writes into its input"
     elif type(dropout) is nn.Identity:
@@ -292,6 +299,8 @@ def _read_magnitude(layer: PeftLinear, name: str) -> Tensor | str | None:
 
 def scaling_problem(scaling: object, name: str) -> str | None:
     """Why this is no constant number, as the scaling of an adapter; None if it is."""
+    if isinstance(scaling, bool):
+        return f"the scaling of {name!r} is a bool"
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0 or scaling.requires_grad or not scaling.is_floating_point():
             return f"the scaling of {name!r} is a tensor that is not a constant number"
