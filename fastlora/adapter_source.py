@@ -24,6 +24,8 @@ _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<part>lora_[AB])(?
 _MAX_CONFIG = 1 << 20
 _MAX_HEADER = 100_000_000  # what safetensors itself takes
 _MAX_PATTERNS = 4096
+_MAX_REGEXES = 64
+_PLAIN = re.compile(r"[\w.^$\\]*")  # names, which match at once
 _VARIANTS = {
     ".base_layer.": "the frozen model, as PEFT saves it without save_embedding_layers=False",
     "lora_magnitude_vector": "DoRA",
@@ -210,11 +212,15 @@ def _check_settings(config: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {field} must be an object of patterns, got {patterns!r}")
         if len(patterns) > _MAX_PATTERNS:
             raise ValueError(f"{where}: {field} has {len(patterns)} patterns, {_MAX_PATTERNS} fit")
+        if sum(_PLAIN.fullmatch(str(pattern)) is None for pattern in patterns) > _MAX_REGEXES:
+            raise ValueError(
+                f"{where}: {field} has more than {_MAX_REGEXES} patterns that are more than names"
+            )
         for pattern in patterns:
             if not _cheap(pattern):
                 raise ValueError(
                     f"{where}: {field} holds the pattern {pattern!r}; a bank takes names, anchors, "
-                    "character classes and at most four groups or repetitions, none of a group"
+                    "character classes, at most two repetitions, and two groups, none repeated"
                 )
             try:
                 re.compile(pattern)
@@ -231,7 +237,7 @@ def _cheap(pattern: object) -> bool:
     bare = re.sub(r"\\.", "_", pattern)  # what is escaped is a literal or a class
     if re.search(r"\)[*+?{]", bare) or "(?" in bare.replace("(?:", "("):
         return False
-    return sum(bare.count(sign) for sign in "*+?{(") - bare.count("(?:") <= 4
+    return sum(map(bare.count, "*+?{")) - bare.count("(?:") <= 2 and bare.count("(") <= 2
 
 
 def _by_layer(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +17,14 @@ from torch import Tensor, nn
 from fastlora.adapter_source import HostAdapter, Requirements, from_tensors, read_folder
 from fastlora.adapters import AdapterStack
 from fastlora.bank_pool import LoadCancelled, Pool, servable_layers
-from fastlora.bank_slots import BankFullError, BankStats, Entry, Slots
+from fastlora.bank_slots import BankFullError, BankStats, Call, Entry, Slots
 from fastlora.modules import FLOAT_DTYPES, MAX_RANK
 from fastlora.routing_ops import NO_ADAPTER
 
 __all__ = ["AdapterBank", "BankFullError", "BankStats", "LoadCancelled"]
+
+
+_FP32_MAX = torch.finfo(torch.float32).max
 
 
 class AdapterBank:
@@ -164,7 +169,7 @@ class AdapterBank:
             if not isinstance(config, Mapping) or "lora_alpha" not in config:
                 raise ValueError("config must be a mapping with lora_alpha beside tensors")
             settings = {"peft_type": "LORA", **config}
-            host = from_tensors(source, settings, self._needs, f"adapter {name!r}")
+            host, seconds = from_tensors(source, settings, self._needs, f"adapter {name!r}"), 0.0
             entry = Entry(name, None)
         elif isinstance(source, (str, os.PathLike)):
             if config is not None:
@@ -173,7 +178,10 @@ class AdapterBank:
             if not os.path.isdir(folder):
                 raise FileNotFoundError(f"source must be a folder, there is none at {folder}")
             entry = Entry(name, lambda: read_folder(folder, self._needs))
-            host = None if lazy else read_folder(folder, self._needs)
+            host, started = None, time.perf_counter()
+            if not lazy:
+                host = read_folder(folder, self._needs)
+                seconds = time.perf_counter() - started
         else:
             raise TypeError(f"source must be a folder or a mapping, got {type(source).__name__}")
         with self._books.changed:
@@ -181,6 +189,7 @@ class AdapterBank:
             self._books.entries[name] = entry
             if host is not None:
                 self._books.stats.disk_reads += entry.read is not None
+                self._books.stats.disk_seconds += seconds
                 self._books.keep_host(entry, host)
 
     def load(
@@ -230,7 +239,7 @@ class AdapterBank:
             ValueError: there are more adapters than slots, or a lazy adapter cannot be read.
         """
         names = _names(names)
-        slots = self._acquire(_distinct(names), object(), timeout, cancel)
+        slots = self._acquire(_distinct(names), Call(), timeout, cancel)
         return [NO_ADAPTER if name is None else slots[name] for name in names]
 
     def release(self, names: Iterable[str | None]) -> None:
@@ -247,7 +256,7 @@ class AdapterBank:
         with self._books.changed:
             entries = [self._books.get(name) for name in _distinct(_names(names))]
             for entry in entries:
-                if not entry.holders:
+                if self._books.acquired(entry) is None:
                     raise RuntimeError(f"adapter {entry.name!r} is not held: acquire it first")
             self._books.release(entries, None)
 
@@ -347,10 +356,14 @@ class AdapterBank:
         """
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             raise TypeError(f"factor must be a number, got {factor!r}")
-        if not abs(factor) < float("inf"):
-            raise ValueError(f"factor must be finite, got {factor}")
         with self._books.changed:
             entry = self._books.get(name)
+            scaling = entry.scaling if entry.host is None else entry.host.scaling
+            largest = 1.0 if scaling is None else max(1.0, float(scaling.abs().max()))
+            if not abs(factor) <= _FP32_MAX / largest:  # nor NaN
+                raise ValueError(
+                    f"factor must be finite, beside the scaling of {name!r} in float32 too, got {factor}"
+                )
             entry.factor = float(factor)
             self._books.rescale(entry)
 
@@ -371,6 +384,10 @@ class AdapterBank:
             raise ValueError(
                 f"names asks for {len(wanted)} adapters, the bank has {self.slots} slots"
             )
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise TypeError(f"timeout must be a number of seconds, got {timeout!r}")
+        if math.isnan(timeout):
+            raise ValueError("timeout must be a number of seconds, got nan")
         return self._books.acquire(wanted, holder, timeout, cancel)
 
     def _check_free(self, name: str) -> None:
@@ -415,6 +432,8 @@ def _shapes(
 def _names(names: Iterable[str | None]) -> list[str | None]:
     if isinstance(names, str):
         raise TypeError(f"names must be a list of names, got the string {names!r}")
+    if isinstance(names, (Set, Mapping)):
+        raise TypeError(f"names must be a list of names, got a {type(names).__name__}")
     names = list(names)
     for name in names:
         if name is not None and not isinstance(name, str):

@@ -34,6 +34,29 @@ def frozen_weight(module: nn.Module) -> Tensor | None:
     return None
 
 
+def serving_problem(model: nn.Module, name: str) -> str | None:
+    """Why a bank cannot serve the linear of that name, None if it can.
+
+    Args:
+        model: The model.
+        name: Of one of its modules.
+    """
+    module = model.get_submodule(name)
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        return "torch.nn.TransformerEncoderLayer reads its weight past its forward"
+    if isinstance(module, nn.Linear):
+        problem = base_problem(module)
+        if problem is None and type(module) is not nn.Linear:
+            return f"it is a {type(module).__name__}, a subclass of Linear"
+        return None if problem is None else str(problem)
+    if frozen_weight(module) is None:
+        return (
+            "it must be a torch.nn.Linear or Conv1D of transformers with float weights, "
+            f"got {type(module).__name__}"
+        )
+    return "its forward was replaced, by hooks or serve" if "forward" in vars(module) else None
+
+
 def servable_layers(
     model: nn.Module, target_modules: str | Iterable[str] | None
 ) -> dict[str, Tensor]:
@@ -61,14 +84,11 @@ def servable_layers(
             wanted = bool(matching_targets(targets, name))
         if not wanted:
             continue
-        weight = frozen_weight(module)
-        if weight is not None:
+        weight, problem = frozen_weight(module), serving_problem(model, name)
+        if problem is None and weight is not None:
             layers[name] = weight
-        elif targets is not None and isinstance(module, nn.Linear):
-            reason = (
-                base_problem(module) or f"it is a {type(module).__name__}, a subclass of Linear"
-            )
-            raise ValueError(f"{name} cannot be served: {reason}")
+        elif targets is not None and (weight is not None or isinstance(module, nn.Linear)):
+            raise ValueError(f"{name} cannot be served: {problem}")
     if not layers:
         raise ValueError(f"target_modules={target_modules!r} names no linear of the model")
     return layers

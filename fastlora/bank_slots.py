@@ -17,6 +17,10 @@ from fastlora.bank_pool import LoadCancelled, Pool
 _POLL = 0.05  # seconds between two looks at a cancel event while waiting
 
 
+class Call:
+    """The holder of one `AdapterBank.acquire`, which `release` knows by its adapters' names alone."""
+
+
 class BankFullError(RuntimeError):
     """Every slot that a call could take is in use or pinned."""
 
@@ -95,6 +99,7 @@ class Slots:
         self._pool = pool
         self._host_limit = host_limit
         self._cached: OrderedDict[Entry, None] = OrderedDict()  # host copies, least used first
+        self._cached_bytes = 0
         self._last_use: list[dict[int, torch.cuda.Event]] = [{} for _ in range(slots)]
         self._clock = 0
 
@@ -157,14 +162,18 @@ class Slots:
                 self._abandon(held, holder, loads)
             raise
 
+    def acquired(self, entry: Entry) -> Call | None:
+        """A holder of an entry that `release` may take off: a ``with`` block keeps its own."""
+        return next((holder for holder in entry.holders if isinstance(holder, Call)), None)
+
     def release(self, entries: Iterable[Entry], holder: object | None) -> None:
-        """Take a holder off entries, any one of theirs for None, and note the use on the device."""
+        """Take a holder off entries, that of any `acquire` for None, and note the use on the device."""
         event = self._pool.mark()
         for entry in entries:
             slot = self.slot_of(entry)
             if event is not None and slot is not None:
                 self._last_use[slot][self._pool.stream_key()] = event
-            entry.holders.discard(next(iter(entry.holders), None) if holder is None else holder)
+            entry.holders.discard(self.acquired(entry) if holder is None else holder)
         self.changed.notify_all()
 
     def empty(self, entry: Entry) -> None:
@@ -190,15 +199,16 @@ class Slots:
         if entry.read is None:
             return
         self._cached[entry] = None
-        while self._host_limit is not None and self.stats.host_bytes > self._host_limit:
-            if not self._cached:
-                break
+        self._cached_bytes += host.nbytes
+        while self._host_limit is not None and self._cached_bytes > self._host_limit:
             self.drop_host(next(iter(self._cached)))
 
     def drop_host(self, entry: Entry) -> None:
         """Drop a host copy; a slot keeps what it has."""
-        self._cached.pop(entry, None)
         if entry.host is not None:
+            if entry in self._cached:
+                del self._cached[entry]
+                self._cached_bytes -= entry.host.nbytes
             self.stats.host_bytes -= entry.host.nbytes
             entry.host = None
 
@@ -252,7 +262,7 @@ class Slots:
                     f"{len(slots)} are in use or pinned"
                 )
             _check_cancel(cancel)
-            self.changed.wait(left if cancel is None else min(left, _POLL))
+            self.changed.wait(min(left, threading.TIMEOUT_MAX if cancel is None else _POLL))
         for entry in entries:
             held.append(entry)
             entry.holders.add(holder)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fastlora.adapters import AdapterStack, Routing, route
 from fastlora.bank import AdapterBank
-from fastlora.bank_pool import frozen_weight
+from fastlora.bank_pool import frozen_weight, serving_problem
 from fastlora.multi import lora_linear_multi
 
 _MARK = "_fastlora_serving"
+_MEDIA = ("pixel_values", "input_features", "input_values", "image", "video", "audio")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 AdapterIds = Sequence[str | None] | Tensor | Routing
@@ -71,6 +72,10 @@ def serve(model: _Model, bank: AdapterBank) -> _Model:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(bank, AdapterBank):
         raise TypeError(f"bank must be an AdapterBank, got {type(bank).__name__}")
+    if hasattr(model, "_orig_mod"):  # whose attributes are partly those of the module inside
+        raise TypeError(
+            "model must be served before it is compiled: torch.compile(serve(model, bank))"
+        )
     if _MARK in vars(model):
         raise ValueError("model is served already; call fastlora.unserve(model) first")
     serving = _Serving(model, bank)
@@ -121,8 +126,8 @@ class _Call:
         self.ids = ids
         self._routings: dict[tuple[int, int], Routing] = {}
 
-    def step(self, batch: int, length: int) -> _Step:
-        return _Step(self, batch, length)
+    def step(self, batch: int, length: int, media: bool) -> _Step:
+        return _Step(self, batch, length, media)
 
     def routing(self, batch: int, rows: int) -> Routing:
         """Route ``rows`` rows for each of ``batch`` sequences; the steps of a call share it."""
@@ -139,7 +144,7 @@ class _Call:
 class _Step:
     """One forward of the model: how many sequences and tokens it has."""
 
-    def __init__(self, call: _Call, batch: int, length: int) -> None:
+    def __init__(self, call: _Call, batch: int, length: int, media: bool) -> None:
         if isinstance(call.ids, Routing):
             if len(call.ids) != batch * length:
                 raise ValueError(
@@ -149,14 +154,16 @@ class _Step:
             raise ValueError(
                 f"adapter_ids names adapters for {len(call.ids)} sequences, the input has {batch}"
             )
-        self.call, self.batch, self.length = call, batch, length
+        self.call, self.batch, self.length, self.media = call, batch, length, media
 
     def routing(self, x: Tensor, name: str) -> Routing:
         """The routing of the rows of a layer's input."""
         rows = x.shape[:-1].numel()
         if isinstance(self.call.ids, Routing):
             return self.call.ids  # whose length lora_linear_multi checks
-        if x.shape[0] == self.batch:
+        # As many images as prompts need not be one for each: rows of an encoder's are nobody's.
+        whole = rows == self.batch * self.length or name == self.call.serving.head
+        if x.shape[0] == self.batch and (whole or not self.media):
             return self.call.routing(self.batch, rows // self.batch)
         if x.dim() == 2 and rows == self.batch * self.length:
             return self.call.routing(self.batch, self.length)
@@ -184,6 +191,12 @@ class _LayerForward:
     def __call__(self, x: Tensor) -> Tensor:
         step = _step.get()
         if step is None or step.call.serving is not self.serving:
+            call = _call.get()
+            if call is not None and call.serving is self.serving:
+                raise RuntimeError(
+                    f"generate ran {self.name} outside the served model's forward, where its adapters "
+                    "would be left out; serve the module whose generate runs the layers"
+                )
             return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
         y: Tensor = self._adapted(x, step)
         return y
@@ -209,9 +222,13 @@ class _Serving:
         self.model = model
         self.bank = bank
         self.replaced: dict[str, Any] = {}
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        self.head = next((n for n, m in model.named_modules() if m is output), None)
         self.layers: list[tuple[nn.Module, _LayerForward]] = []
         for name in bank.layers:
             module = _layer_of(model, name, bank)
+            if any(module is other for other, _ in self.layers):
+                raise ValueError(f"{name} is the same module as another layer of the bank")
             forward = _LayerForward(self, module, name, bank.layer(name))
             self.layers.append((module, forward))
 
@@ -228,6 +245,7 @@ class _Serving:
             if isinstance(adapter_ids, Routing):
                 raise TypeError("adapter_ids of generate must be names or slots, got a Routing")
             inputs = args[0] if inputs is None and args else inputs
+            _check_ids(adapter_ids)
             count = 1 if inputs is None else len(inputs)
             if len(adapter_ids) != count:
                 raise ValueError(
@@ -258,6 +276,7 @@ class _Serving:
                 return forward(*args, **kwargs)
             with contextlib.ExitStack() as stack:
                 if adapter_ids is not None:
+                    _check_ids(adapter_ids)
                     if isinstance(adapter_ids, Routing):
                         count = len(adapter_ids) // max(length, 1)
                     else:
@@ -268,7 +287,10 @@ class _Serving:
                             f"got {count}"
                         )
                     call = stack.enter_context(self._held(adapter_ids))
-                stack.enter_context(_set(_step, call and call.step(batch, length)))
+                media = any(
+                    value is not None and name.startswith(_MEDIA) for name, value in kwargs.items()
+                )
+                stack.enter_context(_set(_step, call and call.step(batch, length, media)))
                 return forward(*args, **kwargs)
 
         return served_forward
@@ -284,13 +306,22 @@ class _Serving:
         if isinstance(adapter_ids, (Tensor, Routing)):
             yield _Call(self, adapter_ids)
             return
-        if isinstance(adapter_ids, str):
-            raise TypeError("adapter_ids must be a list of names, got a string")
         if all(name is None for name in adapter_ids):
             yield None
             return
         with self.bank.use(adapter_ids) as ids:
             yield _Call(self, ids)
+
+
+def _check_ids(adapter_ids: object) -> None:
+    """Raise for what is not one name or slot a sequence, nor a `Routing`."""
+    if isinstance(adapter_ids, str):
+        raise TypeError("adapter_ids must be a list of names, got a string")
+    if isinstance(adapter_ids, Tensor) and adapter_ids.dim() != 1:
+        raise ValueError(
+            "adapter_ids as a tensor must be one slot a sequence, [batch], "
+            f"got {tuple(adapter_ids.shape)}; for one a token pass fastlora.route of all rows"
+        )
 
 
 def _layer_of(model: nn.Module, name: str, bank: AdapterBank) -> nn.Module:
@@ -299,12 +330,9 @@ def _layer_of(model: nn.Module, name: str, bank: AdapterBank) -> nn.Module:
         module = model.get_submodule(name)
     except AttributeError:
         raise TypeError(f"the model has no module {name}, a layer of the bank") from None
-    weight = frozen_weight(module)
-    if weight is None:
-        raise TypeError(
-            f"{name} must be a torch.nn.Linear or Conv1D of transformers with float weights, "
-            f"got {type(module).__name__}"
-        )
+    weight, problem = frozen_weight(module), serving_problem(model, name)
+    if problem is not None or weight is None:
+        raise TypeError(f"{name} cannot be served: {problem}")
     stack = bank.layer(name)
     expected = (stack.lora_B.shape[1], stack.lora_A.shape[2])
     if tuple(weight.shape) != expected:

@@ -119,6 +119,7 @@ CONFIGS = [
     ({"rank_pattern": {"(a|a)" * 40 + "z": 1}}, "rank_pattern holds the pattern"),
     ({"rank_pattern": {"a?" * 40 + "a" * 40: 1}}, "rank_pattern holds the pattern"),
     ({"rank_pattern": {f"x{i}": 1 for i in range(5000)}}, "has 5000 patterns"),
+    ({"alpha_pattern": {f".*x{i}": 1 for i in range(65)}}, "more than 64 patterns that are more"),
     ({"lora_alpha": "4"}, "lora_alpha of block.q must be a number"),
     ({"lora_alpha": math.nan}, "lora_alpha of block.q gives the scaling nan"),
     ({"lora_alpha": 1e300}, "lora_alpha of block.q gives the scaling"),

@@ -147,8 +147,27 @@ def test_scale_at_run_time():
     check_slot(bank, bank.load("a0"), truths["a0"], -2)
     with pytest.raises(ValueError, match="factor must be finite"):
         bank.set_scale("a0", float("nan"))
+    for large in (1e39, 10**400):
+        with pytest.raises(ValueError, match=r"factor must be finite, beside the scaling of 'a0'"):
+            bank.set_scale("a0", large)
     with pytest.raises(TypeError, match="factor must be a number"):
         bank.set_scale("a0", "2")
+    check_slot(bank, slot, truths["a0"], -2)
+
+
+def test_copies_that_must_stay_do_not_count_against_those_of_folders(tmp_path):
+    truth = write(tmp_path / "a0", 0)
+    bank = AdapterBank(LAYERS, 1, MAX_RANK, host_bytes=4 * 4 * (8 + 6 + 8 + 4))
+    for seed in (1, 2):
+        tensors, config, _ = tensors_of(seed)
+        bank.add(f"mine{seed}", tensors, config=config)
+    bank.add("a0", tmp_path / "a0")
+    for _ in range(3):
+        check_slot(bank, bank.load("a0"), truth)
+        bank.unload("a0")
+    stats = bank.stats()
+    assert stats.disk_reads == 1
+    assert stats.disk_seconds > 0
 
 
 def test_host_copies_stay_within_their_limit_and_are_read_again(tmp_path):

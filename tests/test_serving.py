@@ -435,7 +435,7 @@ def test_models_that_do_not_go_with_the_bank(served):
         serve(model, AdapterBank(shapes, 1, 4))
     with pytest.raises(TypeError, match=r"has no module lm_head.x"):
         serve(model, AdapterBank({"lm_head.x": (4, 4)}, 1, 4))
-    with pytest.raises(TypeError, match=r"norm must be a torch.nn.Linear"):
+    with pytest.raises(TypeError, match=r"norm cannot be served: it must be a torch.nn.Linear"):
         serve(model, AdapterBank({"model.norm": (4, 4)}, 1, 4))
     with pytest.raises(ValueError, match=r"the bank must be torch.float32.* got torch.float16"):
         serve(model, AdapterBank(model, 1, 4, dtype=torch.float16))
