@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -181,3 +182,26 @@ def test_demo_on_the_gpu_uses_the_kernels(
     arguments = ["demo", "--model", "llama", "--steps", "3", "--batch", "1"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     assert "fused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo", "--lr", "nan"], "expected a number above 0, got 'nan'"),
+        (["demo", "--dropout", "3"], "expected a probability from 0 to below 1, got '3'"),
+        (["bench", "--time-limit", "nan"], "expected seconds above 0, got 'nan'"),
+        (["demo", "--device", "abacus"], "--device abacus: "),
+        (["doctor", "--device", "abacus"], "--device abacus: "),
+        (["bench", "--device", "abacus"], "--device abacus: "),
+        (["demo", "--out", "FILE/folder"], "--out .*FILE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arguments_that_cannot_be(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "FILE").touch()
+    words = [str(tmp_path / word) if word.startswith("FILE") else word for word in words]
+    with pytest.raises(SystemExit) as raised:
+        main(words)
+    assert re.search(message, f"{raised.value} {capsys.readouterr().err}")

@@ -23,6 +23,7 @@ from fastlora.bench.results import OK, Results, Store, load
 from fastlora.bench.runner import RestartError, Runner, measure_ceilings
 from fastlora.bench.summary import worst_cases
 from fastlora.bench.terminal import TerminalListener, make_table
+from fastlora.cli.arguments import seconds
 from fastlora.cli.check import run_check, run_interpreted_check, summarise
 from fastlora.cli.system import (
     describe_machine,
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slow", action="store_true", help="providers that compile for minutes too"
     )
-    parser.add_argument("--time-limit", type=float, default=None, metavar="SECONDS")
+    parser.add_argument("--time-limit", type=seconds, default=None, metavar="SECONDS")
     parser.add_argument("--fresh", action="store_true", help="set the results in --out aside first")
     parser.add_argument("--repeats", type=int, default=20, help="samples of each callable")
     parser.add_argument("--seed", type=int, default=0)

@@ -20,6 +20,7 @@ from torch import Tensor
 import fastlora
 from fastlora import dispatch
 from fastlora.bench.train_providers import eager_lora_linear
+from fastlora.cli.arguments import probability, rate
 from fastlora.cli.check import CheckReport, run_check, run_interpreted_check, summarise
 from fastlora.cli.demo_task import Batch, Task, TextModel, make_task
 from fastlora.cli.memory import PeakMemory
@@ -59,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--model", choices=("auto", "minilm", "llama"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and dropout")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
-    parser.add_argument("--dropout", type=float, default=0.1, help="lora_dropout")
+    parser.add_argument("--lr", type=rate, default=1e-3, help="learning rate of AdamW")
+    parser.add_argument("--dropout", type=probability, default=0.1, help="lora_dropout")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the results")
     parser.add_argument("--skip-check", action="store_true", help="leave out the check of kernels")
 
@@ -72,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
     steps = args.steps if args.steps is not None else (100 if device.type == "cuda" else 40)
     if steps < 2:
         raise SystemExit(f"--steps must be at least 2, got {steps}")
+    try:  # before the training, of which the results go there
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {args.out}: {error}") from error
     machine = describe_machine(device)
     console.print(", ".join(f"{label} {value}" for label, value in machine.items()))
     check = CheckReport(()) if args.skip_check else _check(console, device)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -16,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastlora.bench.cases import DTYPES
+from fastlora.cli.arguments import list_of, probability, seconds, shape, whole
 from fastlora.cli.system import make_console, pick_device
 from fastlora.kernels import tuned
 from fastlora.kernels.cache import cache_folder
@@ -29,20 +28,18 @@ SUMMARY = "measure launch configurations on this GPU, and keep those that beat t
 
 INTERRUPTED = 130
 
-T = TypeVar("T")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``tune``."""
     parser.add_argument(
-        "--shapes", type=_list_of(_shape), default="4096x4096,4096x14336,14336x4096",
+        "--shapes", type=list_of(shape), default="4096x4096,4096x14336,14336x4096",
         metavar="KxN,...", help="in_features x out_features of your linears",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", type=_list_of(_whole("a token count", 1)), default="8192", metavar="M,..."
+        "--tokens", type=list_of(whole("a token count", 1)), default="8192", metavar="M,..."
     )
     parser.add_argument(
-        "--ranks", type=_list_of(_whole("a rank", 1, MAX_RANK)), default="16", metavar="R,..."
+        "--ranks", type=list_of(whole("a rank", 1, MAX_RANK)), default="16", metavar="R,..."
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of x and weights")
     parser.add_argument(
@@ -50,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="their dtype: that of x, or fp32 as PEFT keeps them",
     )  # fmt: skip
     parser.add_argument(
-        "--dropout", type=_list_of(_probability), default="0", metavar="P,...",
+        "--dropout", type=list_of(probability), default="0", metavar="P,...",
         help="only whether it is 0 makes a difference",
     )  # fmt: skip
     parser.add_argument(
-        "--time-limit", type=_seconds, default=None, metavar="SECONDS", help="begin no row after it"
+        "--time-limit", type=seconds, default=None, metavar="SECONDS", help="begin no row after it"
     )
     parser.add_argument("--again", action="store_true", help="measure what the file has too")
     what = parser.add_mutually_exclusive_group()
@@ -131,8 +128,8 @@ def _shapes(args: argparse.Namespace) -> list[Shape]:
 def _describe(console: Console, args: argparse.Namespace, identity: tuned.Identity | None) -> int:
     path = tuned.file_of(identity.name) if identity else cache_folder() / "tuned-<GPU>.json"
     shapes = _shapes(args)
-    for shape in shapes:
-        _say(console, f"{shape}: {', '.join(STEPS)}")
+    for each in shapes:
+        _say(console, f"{each}: {', '.join(STEPS)}")
     _say(console, f"{len(shapes)} shapes; rows would go to {path}")
     return 0
 
@@ -162,9 +159,9 @@ def _measure(
             TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
         ) as progress:  # fmt: skip
             task = progress.add_task("shapes", total=len(shapes))
-            for shape in shapes:
-                progress.update(task, description=str(shape))
-                for outcome in tuner.tune(shape):
+            for each in shapes:
+                progress.update(task, description=str(each))
+                for outcome in tuner.tune(each):
                     outcomes.append(outcome)
                     _say(console, _line(outcome))
                 progress.advance(task)
@@ -203,51 +200,3 @@ def _table(rows: list[tuple[str, tuned.Row, str]], title: str) -> Table:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, markup=False)
-
-
-def _list_of(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    def parse_all(text: str) -> tuple[T, ...]:
-        return tuple(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
-
-    return parse_all
-
-
-def _shape(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(
-            f"expected in_features x out_features, as in 4096x14336, got {text!r}"
-        )
-    return int(found[1]), int(found[2])
-
-
-def _whole(what: str, least: int, most: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text) if re.fullmatch(r"\d+", text) else -1
-        if value < least or (most is not None and value > most):
-            limits = f"from {least} on" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected {what} {limits}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return -1.0
-
-
-def _probability(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a probability from 0 to below 1, got {text!r}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = _number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
-    return value
