@@ -130,11 +130,14 @@ def test_gradient_checkpointing_replays_the_masks(use_reentrant: bool, device: s
 
 def test_adapters_that_transformers_holds_itself(device: str):
     """Its `model.add_adapter` wraps linears without a PeftModel around them."""
-    if peft.__version__.startswith(("0.18.", "0.19.")):
-        pytest.skip("transformers 5.23 asks for PEFT 0.20 here")
     model = llama(num_hidden_layers=1).to(device)
     torch.manual_seed(3)
-    model.add_adapter(LoraConfig(r=4, target_modules=LLAMA, init_lora_weights=False))
+    try:
+        model.add_adapter(LoraConfig(r=4, target_modules=LLAMA, init_lora_weights=False))
+    except ValueError as error:  # 5.23 asks for PEFT 0.20 here, 5.24 for 0.22
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     ids = make_ids(device)
     expected = step(model, ids)
     assert len(accelerate_all(model).accelerated) == 7
