@@ -287,15 +287,15 @@ def kernels_can_route(ids: Tensor) -> bool:
 
 
 def is_forced() -> bool:
-    """Whether this thread's calls run eager, whatever their tensors are."""
-    return bool(_callers_problem())
+    """Whether this thread's calls run eager, whatever their tensors are; not for torch.compile to trace."""
+    return _forced.path == "eager" or torch._C._get_dispatch_mode(_TRACER) is not None
 
 
 def _callers_problem() -> str:
     """Why this thread's calls run eager, whatever their tensors are; "" where nothing asks for that."""
     if _forced.path == "eager":
         return "fastlora.dispatch.force('eager') is active"
-    if not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(_TRACER) is not None:
+    if not torch.compiler.is_compiling() and is_forced():
         return "make_fx is tracing, which does not see the kernels"
     return ""
 
