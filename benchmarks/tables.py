@@ -458,10 +458,14 @@ def main() -> None:
     if not tables:
         raise SystemExit(f"no results {KEPT.relative_to(ROOT)}/{args.name}-*")
     if args.write:
-        for page in (ROOT / page for page in PAGES):
-            text = page.read_text(encoding="utf-8")
-            if set_of(text) == args.name:
-                page.write_text(fill(text, tables), encoding="utf-8")
+        texts = {ROOT / page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+        mine = {page: text for page, text in texts.items() if set_of(text) == args.name}
+        if not mine:
+            raise SystemExit(
+                f"none of {', '.join(PAGES)} is of {args.name}: put <!-- results {args.name} --> into one"
+            )
+        for page, text in mine.items():
+            page.write_text(fill(text, tables), encoding="utf-8")
         draw(args.name)
     else:
         print("\n\n".join(f"## {key}\n\n{text}" for key, text in tables.items()))

@@ -83,8 +83,13 @@ def test_a_file_adds_a_provider(tmp_path: Path) -> None:
         registry.load_file(path)
     with pytest.raises(ValueError, match="no such file"):
         registry.load_file(tmp_path / "nothing.py")
+    path.write_text("from fastlora.bench import register\nregister(int)\n")
+    with pytest.raises(ValueError, match=r"mine\.py: .*subclass of Provider"):
+        registry.load_file(path)
     with pytest.raises(ValueError, match="unknown provider 'nobody'"):
         choose(("train",), ("nobody",), CPU, slow=False)
+    with pytest.raises(ValueError, match="no provider of loop measures train"):
+        choose(("train",), ("loop",), CPU, slow=False)
 
 
 @pytest.mark.usefixtures("own_registry")
@@ -155,6 +160,61 @@ def test_results_of_another_machine_are_not_mixed(
         measure(tmp_path)
     assert measure(tmp_path, "--fresh") == 0
     assert load(tmp_path / "results.old.jsonl").runs[0]["machine"]["GPU"] != "another"
+
+
+def test_a_provider_that_changed_is_not_taken_for_the_one_that_was_measured(tmp_path: Path) -> None:
+    path, out = tmp_path / "mine.py", tmp_path / "out"
+    path.write_text("one")
+    assert measure(out, "--provider", str(path)) == 0
+    assert measure(out, "--provider", str(path)) == 0
+    path.write_text("other")
+    with pytest.raises(ValueError, match=r"mine\.py has changed since it was measured there"):
+        measure(out, "--provider", str(path))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        bench._alone(tmp_path),
+        pytest.raises(ValueError, match="another run measures into"),
+        bench._alone(tmp_path),
+    ):
+        pass
+    with bench._alone(tmp_path):
+        pass
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.Runner, "run", stop)
+    assert measure(tmp_path) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "label", ["mine, [/opt build]", "mine [bf16]", r"mine $\foo$ " + "long " * 20]
+)
+def test_labels_are_shown_as_they_are(
+    label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(providers_of("train")["eager"], "label", label)
+    assert measure(tmp_path) == 0
+    table = re.sub(r"[\s│]+", " ", (tmp_path / "table.txt").read_text())
+    assert label.split("long")[0].strip() in table
+    assert (tmp_path / "report.html").exists()
+
+
+def test_the_hash_of_the_sources_is_of_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    plain = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or plain(path))
+    first = system.source_state()["sources"]
+    assert system.source_state()["sources"] == first
+    assert {"clock.py", "peft_layers.py", "bank.py", "replay.cpp", "lora_forward.py"} <= set(read)
 
 
 def test_a_cpu_has_no_clocks_of_a_gpu_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,10 @@
-"""The clock, the statistics, the files of results and the comparison of the benchmark suite."""
+"""The clock, the statistics and the files of results of the benchmark suite."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
-import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +26,10 @@ from fastlora.bench.clock import (
     in_turns,
     timing_lines,
 )
-from fastlora.bench.compare import compare, describe_changes
 from fastlora.bench.registry import FLOOR
-from fastlora.bench.results import OOM, Result, Results, Store, case_record, load
+from fastlora.bench.results import Result, Store, case_record, load
 from fastlora.bench.shapes import MODELS
-from fastlora.bench.stats import mann_whitney, spread
+from fastlora.bench.stats import spread
 from fastlora.bench.workloads import schedules_of
 from fastlora.kernels import native
 
@@ -246,21 +244,6 @@ def test_spread() -> None:
     assert spread([]).median != spread([]).median
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_mann_whitney_is_scipys(ties: bool) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    rng = random.Random(0)
-    for shift in (0.0, 0.5, 2.0):
-        a = [rng.gauss(0, 1) for _ in range(20)]
-        b = [rng.gauss(shift, 1) for _ in range(17)]
-        if ties:
-            a, b = [round(v, 0) for v in a], [round(v, 0) for v in b]
-        want = stats.mannwhitneyu(a, b, alternative="two-sided", method="asymptotic").pvalue
-        assert mann_whitney(a, b) == pytest.approx(want, rel=1e-9)
-    assert mann_whitney([], [1.0]) == 1.0
-    assert mann_whitney([1.0, 1.0], [1.0]) == 1.0
-
-
 def test_cases_have_one_id_each_and_the_documented_table() -> None:
     for name, cases in suites().items():
         ids = [case.id for case in cases]
@@ -289,91 +272,6 @@ def test_work_counts_operations_and_bytes() -> None:
     # Slots that no row uses are not read.
     few, many = (ServeCase("t", 16, 4, 2, 8, 16, slots=slots) for slots in (4, 400))
     assert few.work("forward") == many.work("forward")
-
-
-def planted(
-    slower: float = 1.0, clock: float = 1.0, seed: int = 0, noise: float = 0.01, cases: int = 60
-) -> Results:
-    """A run of many cases; ``slower`` scales one result of fastlora, ``clock`` everything."""
-    rng, found = random.Random(seed), Results()
-    for number in range(cases):
-        for provider, ms in ((FLOOR, 1.0), ("fastlora", 1.1), ("peft", 1.5)):
-            drift = [1 + 0.02 * rng.random() for _ in range(20)]
-            factor = slower if (number, provider) == (3, "fastlora") else 1.0
-            samples = [ms * factor * clock * d * (1 + abs(rng.gauss(0, noise))) for d in drift]
-            result = Result(
-                f"train/table/{number}", "train", "step", "eager", provider, provider,
-                device_ms=samples, block=number,
-            )  # fmt: skip
-            found.add({"type": "result", **vars(result)})
-    return found
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_two_honest_runs_are_not_different(seed: int) -> None:
-    changes = compare(planted(seed=seed), planted(seed=100 + seed, clock=1.07))
-    assert len(changes) == 120
-    assert not any(change.changed for change in changes)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_a_planted_slowdown_of_a_tenth_is_a_regression(seed: int) -> None:
-    changes = compare(planted(seed=seed), planted(seed=100 + seed, slower=1.1))
-    (found,) = (change for change in changes if change.changed)
-    assert found.key[0] == "train/table/3"
-    assert found.regression
-    assert found.effect == pytest.approx(0.1, abs=0.02)
-    lines = describe_changes(changes)
-    assert lines[0].startswith("REGRESSION: train/table/3")
-    assert "1 regressions" in lines[-1]
-    assert not any(c.regression for c in compare(planted(seed=seed, slower=1.1), planted(seed=9)))
-
-
-def bound_by_the_host(ours: float, host: float, yardstick: bool = True) -> Results:
-    rng, found = random.Random(ours + host), Results()
-    for provider, ms in ((FLOOR, 0.1), ("fastlora", ours), ("eager", 0.4)):
-        if provider == "eager" and not yardstick:
-            continue
-        samples = [
-            ms * (1 if provider == FLOOR else host) * rng.uniform(1, 1.02) for _ in range(20)
-        ]
-        waits = [0.02 if provider == FLOOR else ms for ms in samples]
-        result = Result(
-            "train/table/0", "train", "step", "eager", provider, provider,
-            device_ms=samples, host_ms=waits, block=1,
-        )  # fmt: skip
-        found.add({"type": "result", **vars(result)})
-    return found
-
-
-def test_a_slower_host_is_no_regression_and_slower_code_on_it_is() -> None:
-    before = bound_by_the_host(ours=0.3, host=1.0)
-    assert not any(c.changed for c in compare(before, bound_by_the_host(ours=0.34, host=1.7)))
-    change = compare(before, bound_by_the_host(ours=0.45, host=0.8))[0]
-    assert change.regression
-    assert change.unit == "x eager"
-    alone = [bound_by_the_host(ours, 1.0, yardstick=False) for ours in (0.3, 0.45)]
-    assert not any(c.changed for c in compare(*alone))
-
-
-def test_noise_as_large_as_the_change_is_no_regression() -> None:
-    changes = compare(planted(noise=0.3, cases=8), planted(noise=0.3, cases=8, seed=7, slower=1.1))
-    assert not any(change.changed for change in changes)
-
-
-def test_a_peer_that_became_slower_is_no_regression_and_a_failure_of_ours_is() -> None:
-    before, after = planted(cases=4), planted(cases=4, seed=1)
-    for key, result in after.results.items():
-        if key[3] == "peft":
-            result.device_ms = [2 * ms for ms in result.device_ms]
-        if key[3] == "fastlora" and key[0].endswith("/2"):
-            result.status, result.message, result.device_ms = OOM, "does not fit", []
-    changes = compare(before, after)
-    assert sum(c.changed for c in changes) == 5
-    (failed,) = (c for c in changes if c.regression)
-    assert "does not fit" in describe_changes([failed])[0]
-    with pytest.raises(ValueError, match="no result in common"):
-        compare(before, Results())
 
 
 def result_of(case: str, provider: str, ms: float, block: int = 1) -> Result:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastlora.bench.registry import FLOOR
 from fastlora.bench.results import OK, Result, Results
-from fastlora.bench.stats import mann_whitney, spread
+from fastlora.bench.stats import least_p, mann_whitney, spread
 from fastlora.bench.workloads import COPY, MODE_LABELS
 
 MIN_EFFECT = 0.05
@@ -25,7 +26,7 @@ RULE = (
     "result changed when its median ratio moved by more than {effect:.0%} (the host's: {host:.0%}), by more "
     "than the noise of either run (half of what lies between the 20th and the 80th percentile), and a "
     "Mann-Whitney test of the samples gives p < {level} over the number of comparisons. A regression is a "
-    "result of fastlora that became slower so, or that is wrong or fails now."
+    "result of fastlora that became slower so, or that is wrong, fails or is missing now."
 )
 
 
@@ -41,6 +42,8 @@ class Change:
     changed: bool
     failed: str = ""
     unit: str = "x floor"
+    too_few: bool = False
+    """Whether no change could show: too few samples for so many comparisons."""
 
     @property
     def effect(self) -> float:
@@ -83,15 +86,20 @@ def relative_samples(results: Results, result: Result, yardstick: str) -> tuple[
 
 
 def compare(
-    before: Results, after: Results, min_effect: float = MIN_EFFECT, level: float = LEVEL
+    before: Results,
+    after: Results,
+    min_effect: float = MIN_EFFECT,
+    level: float = LEVEL,
+    pattern: str | None = None,
 ) -> list[Change]:
-    """Every result that both runs hold.
+    """Every result of ``before`` that ``after`` holds, or should.
 
     Args:
         before (Results): the run to compare with.
         after (Results): the run in question.
         min_effect (float): smallest relative change that counts. Default: 0.05.
         level (float): of the test, divided by the number of comparisons. Default: 0.01.
+        pattern (str | None): compare only cases whose id it matches. Default: ``None``, all.
 
     Returns:
         list[Change]: in the order of ``before``.
@@ -99,22 +107,24 @@ def compare(
     Raises:
         ValueError: the runs have nothing in common.
     """
-    pairs = [
-        (old, after.results[key])
-        for key, old in before.results.items()
-        if key in after.results
-        and key[3] not in (FLOOR, COPY)
-        and old.status == OK
-        and old.device_ms
-    ]
-    if not pairs:
+    pairs: list[tuple[Result, Result | str]] = []
+    for key, old in before.results.items():
+        if key[3] in (FLOOR, COPY) or old.status != OK or not old.device_ms:
+            continue
+        if pattern is not None and not re.search(pattern, old.case):
+            continue
+        found = after.results.get(key) or _why_missing(after, old)
+        if found:
+            pairs.append((old, found))
+    if not any(isinstance(new, Result) for _, new in pairs):
         raise ValueError("the two runs have no result in common")
     bound = level / len(pairs)
     changes = []
     for old, new in pairs:
-        if new.status != OK or not new.device_ms:
+        if isinstance(new, str) or new.status != OK or not new.device_ms:
             old_samples, old_unit = relative_samples(before, old, FLOOR)
-            old_median, words = spread(old_samples).median, new.message or new.status
+            old_median = spread(old_samples).median
+            words = new if isinstance(new, str) else new.message or new.status
             changes.append(Change(old.key, old.label, old_median, 0.0, 0.0, True, words, old_unit))
             continue
         hosts = host_bound(old) or host_bound(new)
@@ -129,8 +139,37 @@ def compare(
         least = _host_effect(min_effect) if hosts else min_effect
         comparable = not hosts or unit != "ms"
         changed = comparable and effect > max(least, a.noise, b.noise) and p < bound
-        changes.append(Change(old.key, old.label, a.median, b.median, p, changed, unit=unit))
+        few = least_p(len(old_samples), len(new_samples)) >= bound
+        changes.append(
+            Change(old.key, old.label, a.median, b.median, p, changed, unit=unit, too_few=few)
+        )
     return changes
+
+
+def _why_missing(after: Results, old: Result) -> str:
+    """Why a run that should have this result has none; empty where it did not ask for it."""
+    if old.case in after.unfinished:
+        return "the case began and did not end"
+    asked = old.case in after.cases and any(key[3] == old.provider for key in after.results)
+    return "not measured" if asked else ""
+
+
+def absent(before: Results, after: Results) -> int:
+    """How many good results of ``before`` the other run did not ask for."""
+    return sum(
+        old.status == OK and key not in after.results and not _why_missing(after, old)
+        for key, old in before.results.items()
+    )
+
+
+def describe_machines(before: Results, after: Results, names: Sequence[str]) -> list[str]:
+    """What differs between the machines of two runs, as far as they say; ``names`` are looked at."""
+    old, new = ((r.runs[-1]["machine"] if r.runs else {}) for r in (before, after))
+    return [
+        f"other {name}: {old.get(name, 'unknown')}, then {new.get(name, 'unknown')}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
 
 
 def describe_changes(changes: Sequence[Change]) -> list[str]:
@@ -149,7 +188,13 @@ def describe_changes(changes: Sequence[Change]) -> list[str]:
             )
         lines.append(f"{what}: {case}, {MODE_LABELS[mode]}, {schedule}, {change.label}: {moved}")
     regressions = sum(c.regression for c in changes)
+    few = sum(c.too_few for c in changes)
+    if few:
+        lines.append(
+            f"{few} of {len(changes)} results have too few samples for so many comparisons: no change can "
+            "show in them; --repeats takes more, --filter compares fewer"
+        )
     lines.append(
-        f"{len(changes)} results in both runs, {len(found)} changed, {regressions} regressions"
+        f"{len(changes)} results compared, {len(found)} changed, {regressions} regressions"
     )
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -33,6 +34,11 @@ _LOOKS = (
 
 WIDTH = 4.0  # inches: on a phone's screen the text is still of a readable size
 Figure = Any
+
+
+def _legend(label: str) -> str:
+    """A provider's label as it is written: no mathematics, and no longer than a line."""
+    return textwrap.fill(label, 48).replace("$", r"\$")
 
 
 def _ordered(labels: dict[str, str]) -> list[str]:
@@ -124,7 +130,7 @@ def _dots(
             # Each lies on those after it, and is smaller: what is below is seen around it.
             axis.plot(
                 x, y, marker, color="black", markerfacecolor=grey, markersize=8 + 0.5 * i if i else 6,
-                linestyle="none", label=labels[name], zorder=3 + len(names) - i,
+                linestyle="none", label=_legend(labels[name]), zorder=3 + len(names) - i,
             )  # fmt: skip
     above_lines = {
         "textcoords": "offset points", "fontsize": 9, "zorder": 2,
@@ -192,7 +198,7 @@ def _lines(
         grey = ("0.0", "0.35", "0.55")[i % 3]
         axis.plot(
             x, middle, dashes, marker=marker, color=grey, markerfacecolor="white" if i else grey,
-            label=labels[name],
+            label=_legend(labels[name]),
         )  # fmt: skip
         axis.fill_between(x, low, high, color=grey, alpha=0.15, linewidth=0)
     axis.axhline(1.0, color="black", linewidth=1.2)

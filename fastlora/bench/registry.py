@@ -170,7 +170,10 @@ def load_file(path: Path) -> None:
     if spec is None or spec.loader is None:
         raise ValueError(f"--provider {path}: not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except TypeError as error:
+        raise ValueError(f"--provider {path}: {error}") from error
     if len(_PROVIDERS) == before:
         raise ValueError(f"--provider {path}: it registers no provider")
 
@@ -187,7 +190,7 @@ def choose(
         slow (bool): take in the slow ones too; a name in ``names`` takes one in as well.
 
     Raises:
-        ValueError: a name is that of no provider.
+        ValueError: a name is that of no provider, or none of them is one of these suites.
     """
     known = {name for _, name in _PROVIDERS}
     for name in names or ():
@@ -209,6 +212,9 @@ def choose(
                 left_out.append(f"{provider.label} ({suite}): {reason}")
             else:
                 chosen[suite].append(provider)
+    if names and not any(chosen.values()) and not left_out:
+        kinds = ", ".join(suites)
+        raise ValueError(f"no provider of {', '.join(names)} measures {kinds}")
     return chosen, left_out
 
 

@@ -157,11 +157,12 @@ def _summary(results: Results) -> str:
                 ratios.setdefault(result.provider, []).append(ratio)
                 labels[result.provider] = result.label
         if ratios:
-            shown = [
+            count = max(len(found) for found in ratios.values())
+            shown = [  # beside medians of other cases one of a few says nothing
                 f"{labels[name]} {spread(found).median:.2f}x"
                 for name, found in sorted(ratios.items(), key=lambda item: spread(item[1]).median)
+                if len(found) == count
             ]
-            count = max(len(found) for found in ratios.values())
             lines.append(
                 f"<li>{_text(words)} alone (median of {count} {'case' if count == 1 else 'cases'}): "
                 f"{_text('; '.join(shown))}.</li>"

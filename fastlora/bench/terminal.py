@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -106,16 +107,16 @@ def make_table(results: Results, case_ids: list[str]) -> Table:
             continue
         title = results.cases.get(case, {}).get("title", case)
         table.add_section()
-        table.add_row(f"[bold]{title}[/bold]: {MODE_LABELS[mode]}, {schedule}")
+        table.add_row(f"[bold]{escape(title)}[/bold]: {MODE_LABELS[mode]}, {schedule}")
         for row in rows:
             if row.status != OK or not row.device_ms:
-                table.add_row(row.label, row.status)
+                table.add_row(escape(row.label), row.status)
                 continue
             ms, ratio = row.ms, results.ratio(row)
             host = sorted(row.host_ms)[len(row.host_ms) // 2] * 1e3 if row.host_ms else None
             memory = row.saved_bytes if mode == STEP else None
             table.add_row(
-                row.label, f"{ms.median:.4f}", f"{ms.p20:.4f} to {ms.p80:.4f}",
+                escape(row.label), f"{ms.median:.4f}", f"{ms.p20:.4f} to {ms.p80:.4f}",
                 f"{ratio:.3f}" if ratio else "", f"{host:.0f}" if host is not None else "",
                 f"{row.peak_bytes / 2**20:.0f}" if row.peak_bytes else "",
                 f"{memory / 2**20:.0f}" if memory is not None else "",

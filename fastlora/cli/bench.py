@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import os
 import platform
+import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +21,14 @@ from rich.console import Console
 import fastlora.bench  # noqa: F401 - registers the providers
 from fastlora.bench.cases import Case, select, suites
 from fastlora.bench.clock import Clock, CudaClock
-from fastlora.bench.compare import MIN_EFFECT, compare, describe_changes, describe_rule
+from fastlora.bench.compare import (
+    MIN_EFFECT,
+    absent,
+    compare,
+    describe_changes,
+    describe_machines,
+    describe_rule,
+)
 from fastlora.bench.correctness import check_cases
 from fastlora.bench.registry import Provider, choose, load_file, missing
 from fastlora.bench.results import OK, Results, Store, load
@@ -26,6 +38,7 @@ from fastlora.bench.terminal import TerminalListener, make_table
 from fastlora.cli.arguments import seconds
 from fastlora.cli.check import run_check, run_interpreted_check, summarise
 from fastlora.cli.system import (
+    INTERRUPTED,
     describe_machine,
     make_console,
     pick_device,
@@ -37,7 +50,7 @@ SUMMARY = (
     "measure LoRA on this GPU: fastlora, PyTorch, PEFT, each against the floor of the hardware"
 )
 
-SAME = ("GPU", "driver", "torch", "triton", "sources")
+SAME = ("GPU", "driver", "torch", "triton", "peft", "transformers", "loralib", "sources")
 """What must be the same for a run to go on in a folder of results."""
 
 TABLE = "table.txt"
@@ -89,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         if args.action:
             return _report(console, args.action)
         if args.compare is not None:
-            return _compare(console, args.compare, args.min_effect)
+            return _compare(console, args.compare, args.min_effect, args.filter)
         for path in args.provider:
             load_file(path)
         cases = select(args.suite, args.filter)
@@ -104,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
         providers, left_out = choose(wanted, args.providers, device, args.slow)
         if device.type != "cuda":
             return _without_gpu(console, args, providers)
-        return _measure(console, args, CudaClock(device), cases, providers, left_out)
+        with _alone(args.out):
+            return _measure(console, args, CudaClock(device), cases, providers, left_out)
     except (ValueError, OSError) as error:
         console.print(f"bench: {error}", markup=False)
         return 2
@@ -116,8 +130,17 @@ def _report(console: Console, action: list[str]) -> int:
     if problem := missing("matplotlib"):
         raise ValueError(f"the report needs it: {problem}")
     path = Path(action[1])
-    _save_report(console, load(path), path if path.is_dir() else path.parent)
+    _save_report(console, _loaded(console, path), path if path.is_dir() else path.parent)
     return 0
+
+
+def _loaded(console: Console, path: Path) -> Results:
+    results = load(path)
+    if results.broken_lines:
+        console.print(
+            f"{path}: {results.broken_lines} lines could not be read", soft_wrap=True, markup=False
+        )
+    return results
 
 
 def _save_report(console: Console, results: Results, folder: Path) -> None:
@@ -127,11 +150,17 @@ def _save_report(console: Console, results: Results, folder: Path) -> None:
     console.print(f"The page: {page}, and {len(plots)} plots beside it", soft_wrap=True)
 
 
-def _compare(console: Console, paths: list[Path], min_effect: float) -> int:
-    before, after = (load(path) for path in paths)
-    changes = compare(before, after, min_effect)
+def _compare(console: Console, paths: list[Path], min_effect: float, pattern: str | None) -> int:
+    before, after = (_loaded(console, path) for path in paths)
+    try:
+        changes = compare(before, after, min_effect, pattern=pattern)
+    except re.error as error:
+        raise ValueError(f"--filter {pattern!r}: {error}") from error
     console.print(describe_rule(min_effect), soft_wrap=True)
-    for line in describe_changes(changes):
+    lines = describe_machines(before, after, [name for name in SAME if name != "sources"])
+    if missing_there := absent(before, after):
+        lines.append(f"{missing_there} results of the first run are not in the second")
+    for line in [*lines, *describe_changes(changes)]:
         console.print(line, soft_wrap=True, markup=False)
     return 1 if any(change.regression for change in changes) else 0
 
@@ -169,15 +198,20 @@ def _measure(
     machine = {**describe_machine(clock.device), **source_state()}
     console.print(", ".join(f"{label} {value}" for label, value in machine.items()), soft_wrap=True)
     for reason in left_out:
-        console.print(f"left out: {reason}", soft_wrap=True)
+        console.print(f"left out: {reason}", soft_wrap=True, markup=False)
     restarts = int(os.environ.get(_RESTARTS, "0"))
     store = Store(args.out, fresh=args.fresh and restarts == 0)
+    files = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in args.provider
+    }
     _check_same_machine(store.results, machine)
+    _check_same_providers(store.results, files)
     store.append(
         "run", machine=machine, clocks=read_clocks(clock.device),
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=shlex.join(["python", "-m", "fastlora", *sys.argv[1:]]), note=args.note,
         platform=platform.platform(terse=True), left_out=left_out, repeats=args.repeats,
+        provider_files=files,
     )  # fmt: skip
     began = time.monotonic() - float(os.environ.get(_SPENT, "0"))
     limit = None if args.time_limit is None else began + args.time_limit - time.monotonic()
@@ -189,6 +223,9 @@ def _measure(
             left = runner.run(cases)
         except RestartError as error:
             reason = str(error)
+        except KeyboardInterrupt:
+            console.print("Stopped: what was measured is kept, and the same command goes on.")
+            return INTERRUPTED
         else:
             reason = ""
     if reason:
@@ -217,6 +254,18 @@ def _measure(
     return 1 if any(r.status not in (OK, "out of memory") for r in mine) else 0
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second run out of a folder of results: each would take the other's time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run measures into {folder} now") from None
+        yield
+
+
 def _check_same_machine(results: Results, machine: dict[str, str]) -> None:
     if not results.runs:
         return
@@ -227,6 +276,16 @@ def _check_same_machine(results: Results, machine: dict[str, str]) -> None:
                 f"the results there were made with {name} {before.get(name)}, here it is "
                 f"{machine.get(name)}: give another --out, or --fresh to set them aside"
             )
+
+
+def _check_same_providers(results: Results, files: dict[str, str]) -> None:
+    for run in results.runs:
+        for name, digest in run.get("provider_files", {}).items():
+            if files.get(name, digest) != digest:
+                raise ValueError(
+                    f"{name} has changed since it was measured there: give another --out, or --fresh to "
+                    "set the results aside"
+                )
 
 
 def _restart(restarts: int, spent: float) -> int:

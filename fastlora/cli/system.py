@@ -80,12 +80,11 @@ def source_state() -> dict[str, str]:
     """The git commit of the checkout, and a hash of the sources, which are there without git as well."""
     package = Path(fastlora.__file__).resolve().parent
     digest = hashlib.sha256()
-    kernels = package / "kernels"
-    for path in sorted(
-        [*package.glob("*.py"), *kernels.glob("*.py"), *kernels.glob("*.cpp"), *kernels.glob("*.h")]
-    ):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
+    kernels = Path(native.__file__).resolve().parent  # beside the package in a checkout
+    for folder, kinds in ((package, "py"), (kernels, "py cpp h")):
+        for path in sorted(p for kind in kinds.split() for p in folder.rglob(f"*.{kind}")):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
     state = {"git commit": "unknown", "sources": digest.hexdigest()[:12]}
     git = ["git", "-C", str(package)]
     try:
@@ -126,6 +125,10 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     facts["fastlora"] = fastlora.__version__
     facts.update({name: library_version(name) for name in LIBRARIES})
     return facts
+
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 
 
 def make_console() -> Console:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fastlora.bench.cases import DTYPES
 from fastlora.cli.arguments import list_of, probability, seconds, shape, whole
-from fastlora.cli.system import make_console, pick_device
+from fastlora.cli.system import INTERRUPTED, make_console, pick_device
 from fastlora.kernels import tuned
 from fastlora.kernels.cache import cache_folder
 from fastlora.kernels.config import MAX_RANK
@@ -25,8 +25,6 @@ if TYPE_CHECKING:  # without Triton there is nothing to measure, but a file can 
     from fastlora.tune import Outcome
 
 SUMMARY = "measure launch configurations on this GPU, and keep those that beat the defaults"
-
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
