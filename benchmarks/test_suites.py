@@ -24,9 +24,10 @@ if importlib.util.find_spec("fastlora") is None:  # a checkout that is not insta
 import fastlora.bench  # noqa: F401 - registers the providers
 from fastlora.bench.cases import Case, select
 from fastlora.bench.clock import EAGER
+from fastlora.bench.making import make_workload
 from fastlora.bench.registry import FLOOR, Provider, choose
 from fastlora.bench.runner import describe
-from fastlora.bench.workloads import MODE_LABELS, Workload, make_workload, schedules_of
+from fastlora.bench.workloads import MODE_LABELS, Workload, schedules_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = select(os.environ.get("FASTLORA_BENCH_SUITE", "quick"))

@@ -21,10 +21,11 @@ from fastlora.bench import runner
 from fastlora.bench.cases import Case, ModelCase, ServeCase, TrainCase, select
 from fastlora.bench.clock import Captured, CaptureError, Clock, HostClock
 from fastlora.bench.correctness import check_cases
+from fastlora.bench.making import make_workload
 from fastlora.bench.registry import FLOOR, Layer, Provider, TrainProvider, choose, providers_of
 from fastlora.bench.results import ERROR, OK, OOM, WRONG, Result, Store, load
 from fastlora.bench.runner import RestartError, Runner
-from fastlora.bench.workloads import COPY, STEP, TrainWorkload, make_workload
+from fastlora.bench.workloads import COPY, STEP, TrainWorkload
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -328,7 +329,8 @@ def test_models_agree_with_merged_weights() -> None:
 
 def test_a_model_that_ignores_its_adapters_is_wrong(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from fastlora.bench.models import Llama, generation
+    from fastlora.bench.llama import Llama
+    from fastlora.bench.models import generation
     from fastlora.bench.registry import ModelProvider
 
     class Frozen(ModelProvider):
@@ -358,7 +360,7 @@ def test_a_training_step_of_a_model_is_timed(tmp_path: Path) -> None:
 
 
 def test_layers_follow_from_memory() -> None:
-    from fastlora.bench.models import layers_that_fit
+    from fastlora.bench.llama import layers_that_fit
 
     case = ModelCase("finetune", "finetune")
     sizes = [layers_that_fit(case, gib * 2**30) for gib in (0, 24, 80, 141, 10_000)]

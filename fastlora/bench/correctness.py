@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from fastlora.bench.cases import Case
+from fastlora.bench.making import make_workload
 from fastlora.bench.registry import Provider
 from fastlora.bench.runner import describe
-from fastlora.bench.workloads import make_workload
 
 
 @dataclass(frozen=True)

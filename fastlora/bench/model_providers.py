@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.bench.cases import ALPHA
-from fastlora.bench.models import Llama, generation
+from fastlora.bench.llama import Llama
+from fastlora.bench.models import generation
 from fastlora.bench.registry import (
     LoraModel,
     ModelProvider,

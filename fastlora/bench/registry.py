@@ -9,17 +9,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import fastlora
 from fastlora.bench.cases import Case, ModelCase
+from fastlora.bench.llama import Llama
 from fastlora.bench.problems import ServeProblem, ServeSet, TrainProblem
-
-if TYPE_CHECKING:
-    from fastlora.bench.models import Llama
 
 FLOOR = "floor"
 """The name of what everything is compared with: the frozen layer or model alone."""

@@ -29,6 +29,7 @@ from fastlora.bench.clock import (
     time_eager,
     time_graphs,
 )
+from fastlora.bench.making import make_workload
 from fastlora.bench.registry import FLOOR, Provider
 from fastlora.bench.results import ERROR, OK, OOM, WRONG, Result, Store, case_record
 from fastlora.bench.workloads import (
@@ -37,7 +38,6 @@ from fastlora.bench.workloads import (
     Workload,
     WrongNumbersError,
     in_words,
-    make_workload,
     schedules_of,
     tf32_products,
 )

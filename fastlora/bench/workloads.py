@@ -305,23 +305,3 @@ class ServeWorkload(Workload):
 
 def _copy_size(device: torch.device) -> int:
     return COPY_BYTES if device.type == "cuda" else 2**16
-
-
-def make_workload(case: Case, device: torch.device, seed: int = 0) -> Workload:
-    """The workload of a case.
-
-    Args:
-        case (Case): of any suite.
-        device (torch.device): where to run.
-        seed (int): of every random tensor. Default: 0.
-
-    Returns:
-        Workload: with its tensors on the device.
-    """
-    if isinstance(case, TrainCase):
-        return TrainWorkload(case, device, seed)
-    if isinstance(case, ServeCase):
-        return ServeWorkload(case, device, seed)
-    from fastlora.bench.models import ModelWorkload  # needs transformers
-
-    return ModelWorkload(case, device, seed)
