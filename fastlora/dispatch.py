@@ -168,6 +168,7 @@ def problem_for(
     lora_A: Tensor,
     lora_B: Tensor,
     *,
+    bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
     rank: int | None = None,
 ) -> str:
@@ -178,6 +179,7 @@ def problem_for(
         weight (Tensor): ``[N, K]``.
         lora_A (Tensor): ``[R, K]``, or a stack of them.
         lora_B (Tensor): ``[N, R]``, likewise.
+        bias (Tensor | None): ``[N]``. Default: ``None``.
         dtype (torch.dtype | None): what x and weight will be cast to, where not as they are. Default:
             ``None``.
         rank (int | None): the rank of the product, where ``lora_A`` is one part of it. Default: ``None``.
@@ -188,8 +190,8 @@ def problem_for(
     problem = _callers_problem()
     if problem:
         return problem
-    for t in (x, weight, lora_A, lora_B):
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+    for t in (x, weight, lora_A, lora_B, bias):
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return "a tensor is of a subclass, which the kernels cannot look into"
     dtypes = (dtype or x.dtype, dtype or weight.dtype, lora_A.dtype, lora_B.dtype)
     N, K = weight.shape
@@ -204,6 +206,7 @@ def decide_for(
     lora_A: Tensor,
     lora_B: Tensor,
     *,
+    bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
     rank: int | None = None,
 ) -> Decision:
@@ -214,13 +217,14 @@ def decide_for(
         weight (Tensor): ``[N, K]``.
         lora_A (Tensor): ``[R, K]``, or a stack of them.
         lora_B (Tensor): ``[N, R]``, likewise.
+        bias (Tensor | None): as `problem_for`. Default: ``None``.
         dtype (torch.dtype | None): as `problem_for`. Default: ``None``.
         rank (int | None): as `problem_for`. Default: ``None``.
 
     Returns:
         Decision: the path and its reason.
     """
-    problem = problem_for(x, weight, lora_A, lora_B, dtype=dtype, rank=rank)
+    problem = problem_for(x, weight, lora_A, lora_B, bias=bias, dtype=dtype, rank=rank)
     if problem:
         return Decision("eager", problem)
     dtypes = (dtype or x.dtype, dtype or weight.dtype, lora_A.dtype, lora_B.dtype)

@@ -82,7 +82,7 @@ def dora_linear(
     run = _fused if type(magnitude) in (Tensor, torch.nn.Parameter) else _composed
     if not known:
         x, weight, bias = autocast_linear(x, weight, bias)
-        if problem_for(x, weight, lora_A, lora_B):
+        if problem_for(x, weight, lora_A, lora_B, bias=bias):
             run = _composed
         else:
             remember_fused(signature)

@@ -82,7 +82,7 @@ def lora_linear(
         dropout_p = _validate(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         x, weight, bias = autocast_linear(x, weight, bias)
     dropout_p = dropout_p if training else 0.0
-    if not known and problem_for(x, weight, lora_A, lora_B):
+    if not known and problem_for(x, weight, lora_A, lora_B, bias=bias):
         reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
         return reference.lora_linear(
             x, weight, lora_A, lora_B,
@@ -233,8 +233,8 @@ def explain(
         'eager'
     """
     _validate(x, weight, lora_A, lora_B, bias, 1.0, dropout_p)
-    x, weight, _ = autocast_linear(x, weight, bias)
-    decision = decide_for(x, weight, lora_A, lora_B)
+    x, weight, bias = autocast_linear(x, weight, bias)
+    decision = decide_for(x, weight, lora_A, lora_B, bias=bias)
     if not decision.fused:
         return decision
     way = forward_way(reference.rows_of(x), weight, lora_A.shape[0], dropout_p)

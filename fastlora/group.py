@@ -99,7 +99,7 @@ def lora_linear_group(
     dropout_p = dropout_p if training else 0.0
     seed = mask_seed(seed, dropout_p, x.device)
     members = list(zip(weights, lora_As, lora_Bs, biases, scaling, strict=True))
-    if not known and _problem(x, weights, lora_As, lora_Bs):
+    if not known and _problem(x, weights, lora_As, lora_Bs, biases):
         for weight, lora_A, lora_B, bias, _ in members:
             reject_mixed_dtensors(x, weight, lora_A, lora_B, bias, dropout_p)
         return reference.lora_linear_group(
@@ -162,8 +162,8 @@ def explain_group(
     """
     biases, _ = _validate(x, weights, lora_As, lora_Bs, biases, 1.0)
     check_dropout(dropout_p)
-    x, weights, _ = _autocast(x, weights, biases)
-    problem = _problem(x, weights, lora_As, lora_Bs)
+    x, weights, biases = _autocast(x, weights, biases)
+    problem = _problem(x, weights, lora_As, lora_Bs, biases)
     if problem:
         return Decision("eager", problem)
     apart = _separate(lora_As)
@@ -174,11 +174,15 @@ def explain_group(
 
 
 def _problem(
-    x: Tensor, weights: Sequence[Tensor], lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
 ) -> str:
     """Why the kernels cannot take these tensors; empty when they can."""
-    for i, tensors in enumerate(zip(weights, lora_As, lora_Bs, strict=True)):
-        problem = problem_for(x, *tensors)
+    for i, (*tensors, bias) in enumerate(zip(weights, lora_As, lora_Bs, biases, strict=True)):
+        problem = problem_for(x, *tensors, bias=bias)
         if problem:
             return f"projection {i}: {problem}"
     return ""

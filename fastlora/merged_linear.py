@@ -79,7 +79,7 @@ def lora_merged_linear(
     x, weight, bias = autocast_linear(x, weight, bias)
     dropout_p = dropout_p if training else 0.0
     seed = reference.draw_seed(x.device) if dropout_p > 0 else None
-    if problem_for(x, weight, lora_A, lora_B):
+    if problem_for(x, weight, lora_A, lora_B, bias=bias):
         return reference.lora_merged_linear(
             x, weight, lora_A, lora_B, slices,
             bias=bias, scaling=scaling, dropout_p=dropout_p, seed=seed,

@@ -81,7 +81,7 @@ def lora_linear_multi(
     routing = _routing_of(adapter_ids, x, lora_A.shape[0])
     seed = reference.draw_seed(x.device) if dropout_p > 0 else None
     rows = x.reshape(-1, x.shape[-1])
-    if problem_for(x, weight, lora_A, lora_B):
+    if problem_for(x, weight, lora_A, lora_B, bias=bias):
         y = reference.lora_linear_multi(
             rows, weight, lora_A, lora_B, routing.ids,
             scaling=scaling, ranks=ranks, bias=bias, dropout_p=dropout_p, seed=seed,

@@ -134,18 +134,24 @@ def test_meta_tensors_are_eager():
     assert y.shape == (2, 3, 8)
 
 
-@pytest.mark.parametrize("position", range(4), ids=["x", "weight", "lora_A", "lora_B"])
-def test_subclass_is_eager(position, device):
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "bias"])
+def test_subclass_is_eager(name, device):
     class Odd(torch.Tensor):
         pass
 
-    tensors = arguments(device)
-    plain = fastlora.lora_linear(*tensors)
-    tensors[position] = tensors[position].as_subclass(Odd)
-    assert "subclass" in fastlora.explain(*tensors).reason
+    names = ("x", "weight", "lora_A", "lora_B")
+    tensors = dict(zip(names, arguments(device), strict=True)) | {
+        "bias": torch.randn(8, device=device)
+    }
+    plain = fastlora.lora_linear(**tensors)
+    tensors[name] = tensors[name].as_subclass(Odd)
+    assert "subclass" in fastlora.explain(**tensors).reason
     torch.testing.assert_close(
-        fastlora.lora_linear(*tensors).as_subclass(torch.Tensor), plain, rtol=1e-4, atol=1e-4
+        fastlora.lora_linear(**tensors).as_subclass(torch.Tensor), plain, rtol=1e-4, atol=1e-4
     )
+    x, weight, lora_A, lora_B, bias = tensors.values()
+    group = fastlora.explain_group(x, [weight], [lora_A], [lora_B], biases=[bias])
+    assert "subclass" in group.reason
 
 
 def test_parameters_are_no_subclass(device):
