@@ -55,7 +55,7 @@ def shaped(y: Tensor, leading: Sequence[int]) -> Tensor:
     """Rows ``[M, N]`` as ``(*leading, N)``; no view to autograd, for it may be changed in place."""
     if len(leading) == 1:
         return y
-    made: Tensor = torch.ops.aten._unsafe_view(y, [*leading, y.shape[1]])
+    made: Tensor = torch.ops.aten._unsafe_view.default(y, [*leading, y.shape[1]])
     return made
 
 

@@ -142,7 +142,7 @@ def by_python() -> Iterator[None]:
 
 def is_replayed(y: Tensor) -> bool:
     node: Any = y.grad_fn
-    while type(node).__name__ == "ViewBackward0":
+    while type(node).__name__ in ("ViewBackward0", "UnsafeViewBackward0"):
         node = node.next_functions[0][0]
     return type(node).__name__ == "CppFunction"
 
