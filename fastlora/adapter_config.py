@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -89,11 +90,13 @@ def alpha_of(name: str, config: Mapping[str, Any]) -> tuple[float, bool]:
         tuple: ``lora_alpha`` and ``use_rslora``.
 
     Raises:
-        ValueError: ``lora_alpha`` is no number.
+        ValueError: ``lora_alpha`` is no number, or not finite.
     """
     alpha = pattern_value(config, "alpha_pattern", name, config.get("lora_alpha", 8))
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise ValueError(f"lora_alpha of {name} must be a number, got {alpha!r}")
+    if isinstance(alpha, float) and not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha of {name} gives the scaling {alpha}")
     return alpha, bool(config.get("use_rslora"))
 
 

@@ -121,7 +121,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         _check_scaling(name, layer, config)
     with torch.no_grad():
         for key, parameter in wanted.items():
-            parameter.copy_(_laid_out(tensors[key], parameter))
+            parameter.copy_(laid_out(tensors[key], parameter))
     merge_anew(layers.values())
 
 
@@ -351,9 +351,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     return parse_config(path.read_bytes(), str(path))
 
 
-def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     """Shard ``value`` where the parameter is a DTensor."""
-    if not is_dtensor(parameter):
+    if not is_dtensor(parameter) or is_dtensor(value):
         return value
     from fastlora.distributed import as_sharded
 

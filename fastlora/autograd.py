@@ -228,6 +228,9 @@ def no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(f"fastlora's kernels have no double backward{_EAGERLY}")
 
 
+_below_a_transform = torch._C._functorch.get_single_level_autograd_function_allowed
+
+
 class KernelFunction(torch.autograd.Function):
     """A Function that `torch.func` can transform, without what that costs everybody else."""
 
@@ -239,7 +242,7 @@ class KernelFunction(torch.autograd.Function):
         """Call it. torch's own `apply` binds the arguments to a signature first: longer than a launch."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)  # type: ignore[no-untyped-call]
-        if cls.NUMBER is not None:
+        if cls.NUMBER is not None and not _below_a_transform():
             found = replayed(cls, args)
             if found is not None:
                 return found

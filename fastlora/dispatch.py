@@ -292,7 +292,11 @@ def kernels_can_route(ids: Tensor) -> bool:
 
 def is_forced() -> bool:
     """Whether this thread's calls run eager, whatever their tensors are; not for torch.compile to trace."""
-    return _forced.path == "eager" or torch._C._get_dispatch_mode(_TRACER) is not None
+    return (
+        _forced.path == "eager"
+        or torch._C._get_dispatch_mode(_TRACER) is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _callers_problem() -> str:
@@ -300,7 +304,7 @@ def _callers_problem() -> str:
     if _forced.path == "eager":
         return "fastlora.dispatch.force('eager') is active"
     if not torch.compiler.is_compiling() and is_forced():
-        return "make_fx is tracing, which does not see the kernels"
+        return "make_fx or torch.jit is tracing, which does not see the kernels"
     return ""
 
 

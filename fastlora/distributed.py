@@ -186,7 +186,8 @@ class RowwiseLoRALinear(_ParallelLoRALinear):
         y = self._output(self._local(x, a, _summed(self.lora_B), None, seed), Partial())
         if self.bias is not None:
             # After the reduction, so that it is added once.
-            y = y + cast(DTensor, self.bias).redistribute(placements=(Replicate(),))
+            bias = cast(DTensor, self.bias).redistribute(placements=(Replicate(),))
+            y = y + bias.to(y.dtype)  # under autocast y is not in the bias's dtype
         return self._finish(y)
 
 
@@ -294,8 +295,12 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         group: The data-parallel ranks. Default: all.
 
     Raises:
-        TypeError: A parameter is a DTensor, whose gradient its owner reduces.
+        TypeError: A parameter is a DTensor, whose gradient its owner reduces, or its gradient is sparse.
+        ValueError: This rank is not in the group.
     """
+    ranks = dist.get_world_size(group)
+    if ranks < 1:
+        raise ValueError("group must have this rank as a member")
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for parameter in parameters:
         if not parameter.requires_grad:
@@ -307,8 +312,9 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
             )
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        if parameter.grad.layout is not torch.strided:
+            raise TypeError(f"gradients must be dense to be averaged, got {parameter.grad.layout}")
         kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter.grad)
-    ranks = dist.get_world_size(group)
     for grads in kinds.values():
         flat = torch.cat([grad.reshape(-1) for grad in grads]).div_(ranks)
         dist.all_reduce(flat, group=group)

@@ -15,6 +15,7 @@ from fastlora.injection import matching_targets
 from fastlora.modules import base_problem
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_CUT = "_fastlora_cut"
 
 
 def shard_linears(
@@ -70,6 +71,8 @@ def shard_linears(
         if type(module) is not nn.Linear or isinstance(module.weight, DTensor) or problem:
             reason = problem or f"got a {type(module).__name__} of {type(module.weight).__name__}"
             raise TypeError(f"{name} must be a plain torch.nn.Linear: {reason}")
+        if getattr(module, _CUT, False):
+            raise ValueError(f"{name} has been cut by shard_linears already")
         found |= matching_targets(plan.names, name)
         bias: Tensor | None = module.bias
         if bias is not None:
@@ -80,6 +83,7 @@ def shard_linears(
     if missing:
         raise ValueError(f"colwise and rowwise must name linears of the model, {missing} do not")
     for linear, rows, weight, bias in slices:
+        setattr(linear, _CUT, True)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=False)
@@ -148,6 +152,8 @@ class _Plan:
         self.rowwise = _checked_names("rowwise", rowwise)
         self.names = self.colwise + self.rowwise
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("group must have this rank as a member")
 
     def cuts_rows(self, name: str) -> bool | None:
         """True for a column-parallel linear, whose weight is cut by rows; None for one that stays whole."""

@@ -144,6 +144,8 @@ def may_be_replayed(x: object, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         native.module is not None
         and isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
         and not is_forced()
         and not is_cast(x, weight, bias)
     )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.adapter_io import laid_out
+from fastlora.functional import is_dtensor
 from fastlora.merging import LoRALayer, merge_anew
 
 BIASES = ("none", "all", "lora_only")
@@ -125,8 +127,20 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> 
             raise ValueError(
                 f"{key} must be {tuple(own[key].shape)}, as in the model, got {tuple(value.shape)}"
             )
+        if own[key].is_meta:
+            raise ValueError(
+                f"{key} cannot be loaded: the layer of the model is on the meta device"
+            )
+        if value.is_meta or value.layout is not torch.strided:
+            raise ValueError(
+                f"{key} must be a dense tensor with values, got {value.layout} on {value.device}"
+            )
+        if is_dtensor(value) and not is_dtensor(own[key]):
+            raise ValueError(f"{key} is a DTensor, but a plain tensor in the model")
+    # All laid out before the first changes.
+    values = {key: laid_out(value, own[key]) for key, value in state_dict.items()}
     with torch.no_grad():
-        for key, value in state_dict.items():
+        for key, value in values.items():
             own[key].copy_(value)
     merge_anew(_lora_layers(model))
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fastlora.functional import is_dtensor
 from fastlora.merge_products import Product, write_all
 
 KEEPS = ("device", "host")
@@ -450,11 +451,15 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, LoRALayer]) -> No
     for name, module in model.named_modules():
         own = [*module._parameters.items(), *module._buffers.items()]
         for label, tensor in own:
-            if tensor is not None and not tensor.is_meta and tensor.numel():
+            if tensor is None or is_dtensor(tensor):  # a DTensor has no storage to compare
+                continue
+            if not tensor.is_meta and tensor.numel():
                 storage = tensor.untyped_storage().data_ptr()
                 names.setdefault(storage, []).append(f"{name}.{label}" if name else label)
     for name, layer in layers.items():
         weight = cast(Tensor, layer._weight_holder().weight)
+        if is_dtensor(weight):
+            continue  # refused where it is merged
         storage = weight.untyped_storage().data_ptr()
         if len(names.get(storage, ())) > 1:
             raise ValueError(

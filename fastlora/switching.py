@@ -20,6 +20,7 @@ from fastlora.adapter_io import (
     peft_keys,
     read_adapter,
 )
+from fastlora.functional import is_dtensor
 from fastlora.merging import LoRALayer, check_finite, merge_anew, parameter_of
 from fastlora.modules import MAX_RANK, lora_scaling
 
@@ -138,6 +139,11 @@ def _new_adapter(
     config: Mapping[str, Any] | None,
 ) -> _Adapter:
     parameters = parameter_of(layer, "lora_A"), parameter_of(layer, "lora_B")
+    if is_dtensor(parameters[0]) or is_dtensor(parameters[1]):
+        raise TypeError(
+            f"the adapter of {name} is sharded: switch_adapter takes plain parameters only; "
+            "load_adapter loads into sharded ones"
+        )
     if config is None:
         given = found[keys[0]], found[keys[1]]
         if _fits_as_it_is(given[0], parameters[0]) and _fits_as_it_is(given[1], parameters[1]):

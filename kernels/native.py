@@ -70,11 +70,14 @@ def wait() -> str:
 def _make() -> None:
     global module, problem
     try:
-        path = compiled()
-        made = load(path)
+        try:
+            made = load(compiled())
+        except ImportError:  # cut short, or made where libraries are newer
+            compiled().unlink(missing_ok=True)
+            made = load(compiled())
         made.configure(*_driver_functions(), make_context, "cuda")
-    except (OSError, RuntimeError, ImportError, AttributeError) as error:
-        problem = str(error)
+    except Exception as error:  # whatever it is, it is the problem
+        problem = str(error) or repr(error)
     else:
         module, problem = made, ""
 
@@ -122,8 +125,12 @@ def _compile(command: list[str], path: Path) -> None:
     """Run the compiler; the file appears whole, also if this process ends before the compiler does."""
     script = 'to=$0 tmp=$0.$$; "$@" -o "$tmp" && mv -f "$tmp" "$to" || { rm -f "$tmp"; exit 1; }'
     done = subprocess.run(
-        ["sh", "-c", script, str(path), *command], capture_output=True, text=True, check=False
-    )
+        ["sh", "-c", script, str(path), *command],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
 

@@ -52,12 +52,18 @@ std::vector<Layout> make_layouts(const py::list& list) {
   return layouts;
 }
 
-// Modes and transforms see every operation, those of a tape as well: Python makes them one by one.
+// Modes, transforms and torch.jit.trace see every operation, those of a tape as well: Python makes them one by one.
 bool observed() {
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
   return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
          included.has_any(c10::DispatchKeySet(
-             {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::Functionalize}));
+             {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::Functionalize, c10::DispatchKey::Tracer}));
+}
+
+// What else of torch's settings says which kernels run; throws where that cannot be told.
+int64_t settings(bool fp32) {
+  const auto& context = at::globalContext();
+  return context.deterministicAlgorithms() << 1 | (fp32 && context.allowTF32CuBLAS());
 }
 
 struct Program {
@@ -82,6 +88,8 @@ struct Call : torch::CustomClassHolder {
   std::shared_ptr<Program> program;
   std::vector<double> numbers;
   void* stream = nullptr;
+  bool fp32 = false;
+  int64_t settings = 0;
   at::TensorOptions options;
   std::optional<Run> forward;  // until it is done: the rest of it waits for autograd to save its tensors
 };
@@ -131,6 +139,11 @@ struct Replay : public torch::autograd::Function<Replay> {
     auto& program = *call->program;
     auto inputs = ctx->get_saved_variables();
     bool as_recorded = !at::GradMode::is_enabled() && !observed() && !capturing(call->stream);
+    try {
+      as_recorded = as_recorded && settings(call->fp32) == call->settings;
+    } catch (const c10::Error&) {
+      as_recorded = false;
+    }
     std::vector<bool> needs(program.needs.size());
     for (size_t i = 0; i < needs.size(); i++) {
       needs[i] = program.needs[i] && ctx->needs_input_grad(i);
@@ -232,14 +245,13 @@ py::object replay(int64_t function, const py::tuple& arguments, int64_t live, ui
     }
   }
   if (tensors.empty()) return py::none();
-  bool may_round = false;
+  for (const auto& t : tensors) call->fp32 = call->fp32 || t.scalar_type() == at::kFloat;
   try {
-    for (const auto& t : tensors)
-      may_round = may_round || (t.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS());
+    call->settings = settings(call->fp32);
   } catch (const c10::Error&) {  // it was set by torch's newer names, which the older one may not be mixed with
     return py::none();
   }
-  put(key, device.index() << 4 | watched << 3 | with_grad << 2 | at::globalContext().deterministicAlgorithms() << 1 | may_round);
+  put(key, device.index() << 4 | watched << 3 | with_grad << 2 | call->settings);
   auto found = entries.find(key);
   if (found == entries.end() || !found->second.program) {
     if (!learn) return py::none();

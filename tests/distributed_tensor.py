@@ -280,6 +280,28 @@ def tp_copies(folder):
     torch.testing.assert_close(twin(make_batches()[0]), model(make_batches()[0]))
 
 
+def tp_keeps_autocasts_dtype(folder):
+    block = parallel(make_model().float())[0]
+    with torch.autocast(device_type(), torch.bfloat16):
+        y = block.down(block.up(torch.ones(2, 6, 16)))
+    assert y.dtype == torch.bfloat16
+
+
+def tp_refuses_what_needs_plain_weights(folder):
+    model = parallel(make_model())
+    before = [whole(p).clone() for p in model.parameters()]
+    with raises(TypeError, "weight must be a plain nn.Parameter to be merged", "DTensor"):
+        fastlora.merge(model, keep="host")
+    values = {k: torch.randn(v.shape) for k, v in fastlora.lora_state_dict(make_model()).items()}
+    with raises(TypeError, "is sharded: switch_adapter takes plain parameters only"):
+        fastlora.switch_adapter(model, values)
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(whole(parameter), value)
+    fastlora.load_lora_state_dict(model, values)
+    for name, value in fastlora.lora_state_dict(model).items():
+        torch.testing.assert_close(whole(value), values[name].to(value.dtype))
+
+
 def tp_names_what_is_wrong(folder):
     merged = fastlora.LoRALinear(nn.Linear(8, 8), r=2, lora_alpha=4).eval()
     merged.merge()

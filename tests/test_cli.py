@@ -188,6 +188,7 @@ def test_demo_on_the_gpu_uses_the_kernels(
     ("words", "message"),
     [
         (["demo", "--lr", "nan"], "expected a number above 0, got 'nan'"),
+        (["demo", "--batch", "0"], "expected a batch size from 1 on, got '0'"),
         (["demo", "--dropout", "3"], "expected a probability from 0 to below 1, got '3'"),
         (["bench", "--time-limit", "nan"], "expected seconds above 0, got 'nan'"),
         (["demo", "--device", "abacus"], "--device abacus: "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from launch_ranks import HERE, RANKS, launch
 from torch import nn
 
 import fastlora
-from fastlora.distributed import shard_adapter, shard_linears
+from fastlora.distributed import average_gradients, shard_adapter, shard_linears
 
 EXAMPLE = HERE.parent / "examples" / "serve_tensor_parallel.py"
 
@@ -98,6 +99,29 @@ def test_an_adapter_is_cut_as_its_linears_are(on_rank):
     assert torch.equal(cut[f"{prefix}down.lora_A.weight"], adapter()["down.lora_A"][:, 6:])
     for name in ("up.lora_A", "down.lora_B", "head.lora_A", "head.lora_B"):
         assert torch.equal(cut[f"{prefix}{name}.weight"], adapter()[name])
+
+
+def test_linears_are_cut_once_and_by_ranks_of_the_group(on_rank):
+    model = shard_linears(made(), ["up"], ["down"])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="up has been cut by shard_linears already"):
+        shard_linears(model, ["up"], ["down"])
+    torch.testing.assert_close(model.state_dict(), before)
+    on_rank(-1, -1)  # as torch.distributed says of a group that this rank is not in
+    for call in (
+        lambda: shard_linears(made(), ["up"], ["down"]),
+        lambda: shard_adapter(adapter(), ["up"], ["down"]),
+        lambda: average_gradients([nn.Parameter(torch.ones(2))]),
+    ):
+        with pytest.raises(ValueError, match="group must have this rank as a member"):
+            call()
+
+
+def test_sparse_gradients_are_not_averaged(on_rank):
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2).to_sparse()
+    with pytest.raises(TypeError, match="gradients must be dense"):
+        average_gradients([parameter])
 
 
 @pytest.mark.parametrize(

@@ -315,3 +315,22 @@ def test_only_a_part_of_a_name_makes_an_adapter():
     fastlora.mark_only_lora_as_trainable(model)
     assert not model["explora_net"].weight.requires_grad
     assert not fastlora.lora_state_dict(model)
+
+
+@pytest.mark.no_poison  # which knows nothing of a device for all
+def test_a_model_without_values_and_values_without_a_copy_are_refused():
+    def model():
+        made = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        fastlora.inject(made, ("0", "1"), r=2, lora_alpha=4)
+        return made
+
+    state = {k: torch.ones(v.shape) for k, v in fastlora.lora_state_dict(model()).items()}
+    with torch.device("meta"):
+        empty = model()
+    with pytest.raises(ValueError, match=r"0\.lora_A cannot be loaded: .* meta device"):
+        fastlora.load_lora_state_dict(empty, state)
+    for value in (state["1.lora_B"].to_sparse(), state["1.lora_B"].to("meta")):
+        loaded = model()
+        with pytest.raises(ValueError, match=r"1\.lora_B must be a dense tensor with values"):
+            fastlora.load_lora_state_dict(loaded, {**state, "1.lora_B": value})
+        assert not loaded[0].lora_B.any()

@@ -450,3 +450,41 @@ def test_a_failing_launch_is_an_error(driver: Any) -> None:
     driver.error = 700
     with pytest.raises(RuntimeError, match="launching a kernel failed: CUDA error 700"):
         layer.forward()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_below_a_transform_python_runs(driver: Any, p: float) -> None:
+    """What a transform of torch.func saves are outputs that a replay does not give."""
+    layer = Layer()
+    x, weight, b = layer.x, layer.weight, layer.lora_B
+    a, seed = layer.lora_A.detach(), torch.tensor(3, device=DEVICE)
+
+    def linear(a: Tensor) -> Tensor:
+        return fastlora.lora_linear(x, weight, a, b, dropout_p=p, seed=seed).float().sum()
+
+    def group(a: Tensor) -> Tensor:
+        ys = fastlora.lora_linear_group(x, [weight] * 2, [a] * 2, [b] * 2, dropout_p=p, seed=seed)
+        return sum(y.float().sum() for y in ys)
+
+    for loss in (linear, group):
+        with by_python():
+            expected = torch.func.grad(loss)(a)
+        for _ in range(4):
+            assert torch.equal(torch.func.grad(loss)(a), expected)
+
+
+def test_settings_that_change_before_the_backward(driver: Any) -> None:
+    layer = Layer().learn()
+    y = layer.forward()
+    assert is_replayed(y)
+    launches = None if driver is None else driver.launches
+    torch.use_deterministic_algorithms(True)
+    try:
+        grads = torch.autograd.grad(y, layer.wanted, layer.dy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert driver is None or driver.launches == launches  # Python's, which asks what may run now
+    with by_python():
+        expected = layer.step()[1:]
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -303,3 +303,13 @@ def test_a_worker_process_gives_the_same(start, monkeypatch):
     assert process.exitcode == 0
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_torch_jit_trace_sees_the_operations_of_the_eager_twin(device):
+    weights = [torch.randn(shape, device=device) for shape in ((24, 16), (4, 16), (24, 4))]
+    x, other = torch.randn(5, 16, device=device), torch.randn(5, 16, device=device)
+    for _ in range(4):  # a call that would be replayed
+        y = fastlora.lora_linear(other, *weights)
+    traced = torch.jit.trace(lambda x: fastlora.lora_linear(x, *weights), x, check_trace=False)
+    torch.testing.assert_close(traced(other), y)

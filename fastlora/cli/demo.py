@@ -19,8 +19,9 @@ from torch import Tensor
 
 import fastlora
 from fastlora import dispatch
+from fastlora.bench.registry import missing
 from fastlora.bench.train_providers import eager_lora_linear
-from fastlora.cli.arguments import probability, rate
+from fastlora.cli.arguments import probability, rate, whole
 from fastlora.cli.check import CheckReport, run_check, run_interpreted_check, summarise
 from fastlora.cli.demo_task import Batch, Task, TextModel, make_task
 from fastlora.cli.memory import PeakMemory
@@ -56,7 +57,9 @@ class TrainingRun:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``demo``."""
     parser.add_argument("--steps", type=int, default=None, help="40 on a CPU, 100 on a GPU")
-    parser.add_argument("--batch", type=int, default=None, help="passages a step, by model")
+    parser.add_argument(
+        "--batch", type=whole("a batch size", 1), default=None, help="passages a step, by model"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--model", choices=("auto", "minilm", "llama"), default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and dropout")
@@ -71,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     console = make_console()
     device = pick_device(args.device)
     steps = args.steps if args.steps is not None else (100 if device.type == "cuda" else 40)
+    if problem := missing("transformers"):
+        raise SystemExit(f"the demo needs it: {problem}; pip install transformers")
     if steps < 2:
         raise SystemExit(f"--steps must be at least 2, got {steps}")
     try:  # before the training, of which the results go there
