@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -157,6 +158,8 @@ def test_file_contents(tmp_path):
         for part in "qv"
         for ab in "AB"
     }
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without
     key = "base_model.model.2.v_proj.lora_B.weight"
     assert torch.equal(tensors[key], model[2].v_proj.lora_B)
 
@@ -195,6 +198,18 @@ def test_changed_scaling_is_saved(tmp_path):
     torch.testing.assert_close(loaded(X), model(X))
     with pytest.raises(ValueError, match=r"0\.q_proj has scaling 1\.66667.*with 0\.125"):
         load_adapter(injected(), tmp_path)
+    save_adapter(injected(), tmp_path)
+    with pytest.raises(ValueError, match=r"has scaling 1\.668.*with 1\.66667"):
+        load_adapter(injected(lora_alpha=5.004), tmp_path)
+
+
+def test_changed_scaling_of_rslora_is_saved(tmp_path):
+    model, other = injected(use_rslora=True), injected(use_rslora=True, seed=2)
+    for each in (model, other):
+        each[0].q_proj.scaling = 0.125
+    save_adapter(model, tmp_path)
+    load_adapter(other, tmp_path)  # which compares the scalings
+    torch.testing.assert_close(other(X), model(X))
 
 
 def test_dtypes_are_kept_in_the_file_and_cast_on_load(tmp_path):
@@ -220,6 +235,29 @@ def test_shared_module_is_saved_once_with_a_warning(tmp_path):
     before = adapter_values(model)
     load_adapter(randomise(model, seed=2), tmp_path)
     assert all(torch.equal(v, before[n]) for n, v in adapter_values(model).items())
+
+
+def test_layers_that_share_a_parameter_are_saved_each(tmp_path):
+    model = injected()
+    model[2].q_proj.lora_A = model[0].q_proj.lora_A
+    save_adapter(model, tmp_path)
+    other = injected(seed=2)
+    load_adapter(other, tmp_path)
+    torch.testing.assert_close(other(X), model(X))
+
+
+def test_a_failed_write_leaves_the_files_as_they_were(monkeypatch, tmp_path):
+    save_adapter(injected(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def breaks_off(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("fastlora.adapter_io.save_file", breaks_off)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(injected(seed=2), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_differing_dropout_is_warned_about(tmp_path):
@@ -350,6 +388,7 @@ def test_the_frozen_head_that_peft_saves_is_checked_and_left_alone(tmp_path):
     load_adapter(model, tmp_path)
     ids = torch.tensor([[1, 5, 7]])
     torch.testing.assert_close(model.eval()(ids).logits, trained(ids).logits)
+    load_adapter(copy.deepcopy(model).bfloat16(), tmp_path)  # rounded, it is the same head
     merge(model)  # the frozen values count, not the merged ones
     load_adapter(model, tmp_path)
     unmerge(model)

@@ -105,6 +105,15 @@ CONFIGS = [
     ({"bias": "all"}, "bias must be 'none'"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* is not supported"),
     ({"target_parameters": ["x"]}, "target_parameters=.* is not supported"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication=.* is not supported"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices=.* is not supported"),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens=.* is not supported"),
+    ({"use_qalora": True}, "use_qalora=True is not supported"),
+    ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.* is not supported"),
+    ({"arrow_config": {"top_k": 1}}, "arrow_config=.* is not supported"),
+    ({"kasa_config": {"beta": 1}}, "kasa_config=.* is not supported"),
+    ({"monteclora_config": {"n": 1}}, "monteclora_config=.* is not supported"),
+    ({"velora_config": {"n": 1}}, "velora_config=.* is not supported"),
     ({"init_lora_weights": "pissa"}, "'pissa' changes the base weights"),
     ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
     ({"r": 3}, r"lora_A.weight must be \(3, 8\), got \(2, 8\)"),
@@ -118,6 +127,7 @@ CONFIGS = [
     ({"rank_pattern": {".*" * 9 + "z": 1}}, "rank_pattern holds the pattern"),
     ({"rank_pattern": {"(a|a)" * 40 + "z": 1}}, "rank_pattern holds the pattern"),
     ({"rank_pattern": {"a?" * 40 + "a" * 40: 1}}, "rank_pattern holds the pattern"),
+    ({"rank_pattern": {"x" * 513: 1}}, "rank_pattern holds the pattern"),
     ({"rank_pattern": {f"x{i}": 1 for i in range(5000)}}, "has 5000 patterns"),
     ({"alpha_pattern": {f".*x{i}": 1 for i in range(65)}}, "more than 64 patterns that are more"),
     ({"lora_alpha": "4"}, "lora_alpha of block.q must be a number"),
@@ -134,6 +144,36 @@ def test_wrong_settings(tmp_path, config, message):
     began = time.perf_counter()
     refused(folder, ValueError, message)
     assert time.perf_counter() - began < 20
+
+
+def test_patterns_match_the_end_of_a_name_whole(tmp_path):
+    patterns = {r"k\+\+\+": 1, "k|q": 8}  # what is escaped is no repetition
+    bank = new_bank()
+    bank.add("a", write(tmp_path / "a", config={"alpha_pattern": patterns}))
+    assert slot_values(bank, "a", "block.q")[2] == 4
+    assert slot_values(bank, "a", "block.v")[2] == 2
+
+
+@pytest.mark.parametrize("config", [{"layers_to_transform": [0]}, {"exclude_modules": ["q"]}])
+def test_an_adapter_of_some_layers_need_not_hold_all_targets(tmp_path, config):
+    bank = new_bank()
+    bank.add("a", write(tmp_path / "a", config=config, dropped=(A, B)))
+    assert bank.load("a") == 0
+    assert int(bank.layer("block.q").ranks[0]) == 0
+    assert int(bank.layer("block.v").ranks[0]) == 2
+
+
+def test_a_file_without_rank_or_alpha_means_pefts_defaults(tmp_path):
+    folder = write(tmp_path / "a")
+    for name in ("lora_alpha", "r"):
+        config = {key: value for key, value in CONFIG.items() if key != name}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        if name == "r":
+            refused(folder, ValueError, r"block.q.lora_A.weight must be \(8, 8\), got \(2, 8\)")
+            continue
+        bank = new_bank()
+        bank.add("a", folder)
+        assert slot_values(bank, "a", "block.q")[2] == 4
 
 
 def test_rank_above_what_the_bank_holds(tmp_path):

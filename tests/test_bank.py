@@ -153,6 +153,20 @@ def test_scale_at_run_time():
     with pytest.raises(TypeError, match="factor must be a number"):
         bank.set_scale("a0", "2")
     check_slot(bank, slot, truths["a0"], -2)
+    with pytest.raises(ValueError, match="factor must be finite"):  # in float32 it is, times 2 not
+        bank.set_scale("a0", 3e38)
+
+
+def test_a_scale_set_while_the_adapter_is_copied_counts(monkeypatch):
+    bank, truths = bank_of(1)
+
+    def fails(layer):
+        if layer == 1:
+            bank.set_scale("a0", 0.5)
+        return False
+
+    failing_write(monkeypatch, fails)
+    check_slot(bank, bank.load("a0"), truths["a0"], 0.5)
 
 
 def test_copies_that_must_stay_do_not_count_against_those_of_folders(tmp_path):

@@ -1,11 +1,14 @@
-"""AdapterBank: who holds a slot, who gives it back, and how long others wait."""
+"""AdapterBank: who holds a slot, who gives it back, how long others wait, and which host copies stay."""
 
 from __future__ import annotations
 
 import threading
 
 import pytest
-from bank_cases import all_free, bank_of
+from bank_cases import LAYERS, MAX_RANK, all_free, bank_of, check_slot, write
+
+import fastlora
+from fastlora import AdapterBank
 
 
 def test_release_takes_what_acquire_held_and_nothing_of_a_block():
@@ -40,3 +43,44 @@ def test_waiting_without_a_limit():
     waiting.join(20)
     assert not waiting.is_alive()
     assert bank.resident == ["a1"] or "a1" in bank.resident
+
+
+def test_waiting_for_a_slot_ends_when_another_thread_unpins():
+    bank, truths = bank_of(2, slots=1)
+    bank.pin("a0")
+    timer = threading.Timer(0.1, bank.unpin, ("a0",))
+    timer.start()
+    (slot,) = bank.acquire(["a1"], timeout=120)
+    timer.join()
+    check_slot(bank, slot, truths["a1"])
+    assert bank.stats().stall_seconds < 60  # it was woken up
+
+
+def test_an_adapter_removed_while_it_is_read_leaves_no_host_copy(monkeypatch, tmp_path):
+    write(tmp_path / "a0", 0)
+    bank = AdapterBank(LAYERS, 1, MAX_RANK)
+    bank.add("a0", tmp_path / "a0", lazy=True)
+    read = fastlora.bank.read_folder
+
+    def read_and_remove(*args):
+        bank.remove("a0")
+        return read(*args)
+
+    monkeypatch.setattr("fastlora.bank.read_folder", read_and_remove)
+    with pytest.raises(KeyError, match="no adapter 'a0'"):
+        bank.load("a0")
+    assert bank.stats().host_bytes == 0
+
+
+def test_the_host_copy_that_was_used_last_stays(tmp_path):
+    bank = AdapterBank(LAYERS, 1, MAX_RANK, host_bytes=2 * 4 * (8 + 6 + 8 + 4))
+    for seed in (0, 12, 24):  # of rank 1 each
+        write(tmp_path / f"a{seed}", seed)
+        bank.add(f"a{seed}", tmp_path / f"a{seed}", lazy=True)
+    for name in ("a0", "a12", "a0", "a24"):
+        bank.load(name)
+    assert bank.stats().disk_reads == 3
+    bank.load("a0")
+    assert bank.stats().disk_reads == 3
+    bank.load("a12")
+    assert bank.stats().disk_reads == 4

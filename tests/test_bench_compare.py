@@ -9,10 +9,17 @@ import pytest
 
 pytest.importorskip("rich", reason="the commands print through rich")
 
-from fastlora.bench.compare import absent, compare, describe_changes, describe_machines
+from fastlora.bench.compare import (
+    absent,
+    compare,
+    describe_changes,
+    describe_machines,
+    relative_samples,
+)
 from fastlora.bench.registry import FLOOR
 from fastlora.bench.results import OOM, Result, Results
 from fastlora.bench.stats import least_p, mann_whitney
+from fastlora.bench.summary import worst_against
 
 
 @pytest.mark.parametrize(
@@ -171,6 +178,25 @@ def test_results_that_are_missing() -> None:
     assert not any(
         c.key[3] == "peft" and c.key[0] != "train/table/2" for c in compare(before, after)
     )
+
+
+def test_samples_of_other_turns_are_not_divided_by_each_other() -> None:
+    found = planted(cases=1)
+    mine = found.results["train/table/0", "step", "eager", "fastlora"]
+    found.beside(mine, FLOOR).device_ms.pop()
+    assert relative_samples(found, mine, FLOOR) == (mine.device_ms, "ms")
+
+
+def test_the_worst_case_is_of_those_that_were_timed_in_the_same_turns() -> None:
+    found = planted(slower=2.0, cases=5)
+    ratio, mine = worst_against(found, "train", "peft")
+    assert mine.case == "train/table/3"
+    assert ratio == pytest.approx(2 * 1.1 / 1.5, rel=0.1)
+    mine.block = 7  # timed again since
+    ratio, mine = worst_against(found, "train", "peft")
+    assert mine.case != "train/table/3"
+    assert ratio == pytest.approx(1.1 / 1.5, rel=0.1)
+    assert worst_against(found, "serve", "peft") is None
 
 
 def test_other_machines_are_named() -> None:

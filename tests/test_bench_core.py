@@ -18,6 +18,7 @@ pytest.importorskip("rich", reason="the commands print through rich")
 from fastlora.bench import clock as clock_file
 from fastlora.bench.cases import TRAIN_TABLE, ServeCase, TrainCase, select, suites
 from fastlora.bench.clock import (
+    Captured,
     CaptureError,
     CudaClock,
     HostClock,
@@ -227,6 +228,21 @@ def test_interleaved_samples_have_one_length() -> None:
     graphs = clock_file.time_graphs(HostClock(), captured, repeats=4)
     assert [len(s.device_ms) for s in graphs.values()] == [4, 4]
     assert not graphs["a"].host_ms
+
+
+def test_every_graph_is_replayed_before_the_first_sample() -> None:
+    seen: list[str] = []
+    captured = {n: Captured(lambda n=n: seen.append(n), 1) for n in ("a", "b")}
+    samples = clock_file.time_graphs(HostClock(), captured, repeats=3)
+    assert [len(s.device_ms) for s in samples.values()] == [3, 3]
+    assert seen == ["a", "b", *in_turns(["a", "b"], 3)]
+
+
+def test_every_call_gets_the_next_inputs() -> None:
+    seen: list[int] = []
+    calls = {"a": seen.append, "b": seen.append}
+    clock_file.time_eager(HostClock(), calls, {"a": 2, "b": 1}, repeats=3)
+    assert seen == list(range(9))
 
 
 def test_a_line_for_each_callable_has_its_ratios_to_the_floor() -> None:

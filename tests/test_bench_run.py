@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 pytest.importorskip("rich", reason="the commands print through rich")
 
@@ -184,10 +185,13 @@ def test_wrong_numbers_and_crashes_are_not_timed(tmp_path: Path) -> None:
     assert "wrong numbers" in found[TINY.id, "step", "eager", "wrong"].message
 
 
-def test_a_graph_with_other_numbers_is_wrong(tmp_path: Path) -> None:
+@pytest.mark.parametrize("numbers", ["other", "nan"])
+def test_a_graph_with_other_numbers_is_wrong(tmp_path: Path, numbers: str) -> None:
     class StaleClock(FakeClock):
         def capture(self, call: Any, calls: int) -> Captured:
             output = call(1)  # another set of inputs than the one asked for
+            if numbers == "nan":
+                output = tree_map(lambda t: torch.full_like(t, torch.nan), output)
             return Captured(lambda: None, calls, output)
 
     made = make_runner(tmp_path, train_providers(), StaleClock())

@@ -40,6 +40,16 @@ def check_launch(c: LaunchConfig | ReduceConfig) -> None:
         c.num_warps = 1
 
 
+@pytest.mark.parametrize(
+    ("p", "levels"),
+    [(0.0, 0), (2e-5, 0), (5e-5, 1), (0.1, 1638), (0.7, 11469), (0.99998, 16384), (1.0, 16384)],
+)
+def test_a_probability_is_rounded_to_the_nearest_level(p, levels):
+    assert config.dropout_threshold(p) == levels
+    kept = config.DROPOUT_LEVELS - levels
+    assert config.keep_scale(p) == (config.DROPOUT_LEVELS / kept if kept else 0)
+
+
 @pytest.mark.parametrize(("a", "b"), [(0, 4), (1, 4), (4, 4), (5, 4), (10**12, 3)])
 def test_cdiv_rounds_up(a, b):
     assert cdiv(a, b) * b >= a > (cdiv(a, b) - 1) * b

@@ -160,7 +160,9 @@ def test_layouts(device):
     one = torch.ones(1, device=device)
     expected = run(dora_linear, values, one.expand(32, 24).contiguous(), scaling=1.5)
     laid = {n: t.t().contiguous().t() for n, t in values.items() if t.dim() == 2}
-    laid["magnitude"] = values["magnitude"].repeat(2, 1).t()[:, 1]
+    for name in ("magnitude", "bias"):
+        laid[name] = values[name][:, None].repeat(1, 2)[:, 1]
+        assert laid[name].stride() == (2,)
     got = run(dora_linear, values | laid, one.expand(32, 24), scaling=1.5)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5)
@@ -278,6 +280,13 @@ def test_no_rows_tensor_scaling_and_autocast():
             y = dora_linear(**values, scaling=0.5, dropout_p=p)
         assert y.dtype == BF16
         torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_what_the_kernels_cannot_take_stays_eager_in_every_call(device):
+    values, _ = make(device=device)
+    for _ in range(2):
+        y = dora_linear(**values, scaling=0.5)
+        torch.testing.assert_close(y, plain(**values, scaling=0.5), rtol=1e-12, atol=1e-12)
 
 
 BAD = [

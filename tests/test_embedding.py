@@ -192,6 +192,8 @@ def test_gradient_of_many_equal_ids_is_summed_in_fp32(device):
         got = run(call, ids, values, dy, wanted=("lora_A", "lora_B"))
         assert got["lora_A"].tolist() == [[1024.0, 0.0]]
         assert (got["lora_B"] == 1024).all()
+    got = run(lora_embedding, ids, values, dy, wanted=("lora_A",), scale_grad_by_freq=True)
+    assert got["lora_A"].tolist() == [[1.0, 0.0]]
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
@@ -317,6 +319,15 @@ def test_a_call_that_was_checked_vouches_for_no_other(option, good, bad, device)
         lora_embedding(ids, **values, **{option: good})
     with pytest.raises(TypeError, match=f"{option} must be a"):
         lora_embedding(ids, **values, **{option: bad})
+
+
+def test_a_negative_padding_idx_counts_in_every_call(device):
+    pytest.importorskip("triton")
+    ids, values = torch.tensor([0, 5, 5, 2], device=device), tensors((4,), 6, 8, 2, F32, device)[1]
+    for _ in range(2):  # the second is not checked anew
+        got = run(lora_embedding, ids, values, torch.ones(4, 8, device=device), padding_idx=-1)
+        assert not got["lora_A"][:, 5].any() and not got["weight"][5].any()
+        assert got["lora_A"][:, 2].any() and got["weight"][2].any()
 
 
 @pytest.mark.parametrize("shape", [(9,), (3, 3)])

@@ -49,6 +49,7 @@ WRONG_SHAPES = [
 @EACH_CALL
 @pytest.mark.parametrize(("name", "shape", "message"), WRONG_SHAPES)
 def test_wrong_shape(device, call, name, shape, message):
+    call(**arguments(device))  # having been checked, it vouches for no other
     with pytest.raises(ValueError, match=message):
         call(**arguments(device, **{name: t(shape, device=device)}))
 
@@ -150,6 +151,15 @@ WRONG_SEEDS = [
 def test_wrong_seed(device, seed, error, message):
     with pytest.raises(error, match=message):
         fastlora.lora_linear(**arguments(device), dropout_p=0.5, seed=seed)
+
+
+def test_what_is_known_of_checked_calls_has_a_limit(device, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("fastlora.functional._MAX_KNOWN", 3)
+    monkeypatch.setattr("fastlora.functional._known_fused", set())
+    for rows in range(1, 6):
+        fastlora.lora_linear(**arguments(device, x=t(rows, 16, device=device)))
+    assert len(fastlora.functional._known_fused) == 2
 
 
 def test_only_eager_can_be_forced():

@@ -166,7 +166,9 @@ def test_fp32_adapters_beside_bf16_x(oracle, device, which, p):
     if which == "one":
         tensors["lora_As"][0] = tensors["lora_As"][0].to(BF16)
         tensors["lora_Bs"][2] = tensors["lora_Bs"][2].to(BF16)
-    check(oracle, x, tensors, dys, [2.0] * 3, p)
+    got = check(oracle, x, tensors, dys, [2.0] * 3, p)
+    for name in ("lora_As.1", "lora_As.2"):  # not rounded to bf16 on the way, whatever lora_As.0 is
+        assert not torch.equal(got[name], got[name].to(BF16).to(F32))
 
 
 NAMES = ["x", *(f"{k}.{i}" for k in KINDS for i in range(3))]
@@ -181,6 +183,12 @@ WANTED = [
     ("weights.0", "weights.2", "x", "lora_Bs.0"),
     (),
 ]
+
+
+@pytest.mark.parametrize("wanted", ["biases.1", "biases.2"])
+def test_one_bias_of_two(oracle, device, wanted):
+    x, tensors, dys = make_group(9, 16, *QKV, F32, device, bias=(1, 2))
+    check(oracle, x, tensors, dys, [1.0] * 3, wanted=(wanted,))
 
 
 @pytest.mark.parametrize("wanted", WANTED, ids="-".join)
@@ -321,8 +329,9 @@ def test_leading_dimensions_are_kept(device, leading):
 
 
 def test_layouts(oracle, device):
-    x, tensors, dys = make_group(24, 40, *QKV, F16, device)
+    x, tensors, dys = make_group(24, 40, *QKV, F16, device, bias=(0,))
     x = x.t().contiguous().t()
+    tensors["biases"][0] = tensors["biases"][0][:, None].repeat(1, 2)[:, 1]
     tensors["weights"][1] = tensors["weights"][1].t().contiguous().t()
     tensors["lora_As"][2] = tensors["lora_As"][2].t().contiguous().t()
     tensors["lora_Bs"][0] = tensors["lora_Bs"][0].t().contiguous().t()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -212,9 +213,9 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.randn(4, 4))
 
 
-def with_hook():
+def with_hook(register="register_forward_hook"):
     layer = nn.Linear(4, 4)
-    layer.register_forward_hook(lambda module, args, output: output * 2)
+    getattr(layer, register)(lambda *_: None)
     return layer
 
 
@@ -230,6 +231,10 @@ def with_int_weight():
         pytest.param(lambda: OddLinear(4, 4), "OddLinear, a subclass", id="subclass"),
         pytest.param(Conv1D, "Conv1D, and only", id="conv1d"),
         pytest.param(with_hook, "hooks", id="hook"),
+        *(
+            pytest.param(functools.partial(with_hook, f"register_{kind}_hook"), "hooks", id=kind)
+            for kind in ("forward_pre", "full_backward", "full_backward_pre")
+        ),
         pytest.param(with_int_weight, "torch.int8", id="int8"),
         pytest.param(
             lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),

@@ -284,6 +284,17 @@ def test_merged_weights_that_are_tied_are_merged_in_their_order(device, launches
     assert same(weights(model), weights(expected))
 
 
+def test_merging_many_anew_before_the_backward_of_a_forward_is_noticed(device, launches):
+    model = linears(8).to(device)
+    fastlora.merge(model)
+    y = model[0](torch.randn(3, 16, dtype=BF16, device=device, requires_grad=True))
+    launches["many"].clear()
+    fastlora.merge(model)
+    assert launches["many"] == [8]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_failed_launch_of_many_rolls_back(at, device, monkeypatch):
     monkeypatch.setattr(fastlora.switching, "_FIRST", 4)

@@ -205,6 +205,8 @@ def test_state_dict_of_a_merged_model_is_the_unmerged_one(keep):
         got = model.state_dict(keep_vars=keep_vars)
         assert list(got) == list(before)
         assert all(torch.equal(got[k], v) for k, v in before.items())
+    if keep == "device":  # where the frozen Parameter is still there
+        assert got["0.weight"] is model[0]._frozen.values
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)

@@ -91,6 +91,11 @@ def subclassed(model: nn.Module) -> None:
     vectors["default"].__class__ = type("MyDora", (kind,), {})
 
 
+def with_a_bias(model: nn.Module) -> None:
+    b = cases.lin(model).lora_B["default"]
+    b.bias = nn.Parameter(torch.rand_like(b.weight[:, 0]))
+
+
 def beside_another(model: nn.Module) -> None:
     cases.add_adapter(model, "second", r=3)
     model.base_model.set_adapter(["default", "second"])
@@ -100,6 +105,7 @@ HANDED_BACK = {
     "offload": (offloaded, "is DoRA with ephemeral_gpu_offload"),
     "hook": (hooked, "the magnitude has hooks"),
     "subclass": (subclassed, "not exactly PEFT's DoraLinearLayer"),
+    "bias on lora_B": (with_a_bias, "is DoRA with a bias on lora_B"),
     "beside another": (beside_another, "is DoRA, and not the only one in use"),
 }
 

@@ -39,6 +39,10 @@ def backward_hook(model: nn.Module) -> None:
     cases.lin(model).lora_B["default"].register_full_backward_hook(lambda m, gi, go: (gi[0] * 2,))
 
 
+def backward_pre_hook(model: nn.Module) -> None:
+    cases.lin(model).lora_B["default"].register_full_backward_pre_hook(lambda m, go: (go[0] * 2,))
+
+
 def pre_hook(model: nn.Module) -> None:
     cases.lin(model).lora_dropout["default"].register_forward_pre_hook(
         lambda m, args: (args[0] + 1,)
@@ -103,6 +107,15 @@ def odd_dropout(model: nn.Module) -> None:
     cases.lin(model).lora_dropout["default"] = nn.AlphaDropout(0.5).eval()
 
 
+def dropout_in_place(model: nn.Module) -> None:
+    cases.lin(model).lora_dropout["default"] = nn.Dropout(0.5, inplace=True).eval()
+
+
+def bias_on_lora_a(model: nn.Module) -> None:
+    a = cases.lin(model).lora_A["default"]
+    a.bias = nn.Parameter(torch.rand_like(a.weight[:, 0]))
+
+
 def scaling_by_row(model: nn.Module) -> None:
     cases.lin(model).scaling["default"] = torch.rand(
         cases.OUT, device=cases.lin(model).weight.device
@@ -155,6 +168,7 @@ HANDED_BACK: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "hook on lora_A": (hook_on(lambda layer: layer.lora_A["default"]), "lora_A has hooks"),
     "hook on dropout": (pre_hook, "lora_dropout has hooks"),
     "backward hook on lora_B": (backward_hook, "lora_B has hooks"),
+    "backward pre-hook on lora_B": (backward_pre_hook, "lora_B has hooks"),
     "accelerate's hook": (accelerate_hook, "hook of accelerate"),
     "forward on the instance": (own_forward, "the forward of lora_A was replaced"),
     "tensor subclass": (adapter_of_a_subclass, "the weights of 'default' are no plain parameters"),
@@ -170,6 +184,8 @@ HANDED_BACK: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "ZeRO-3": (partitioned, "partitioned by ZeRO-3"),
     "fp64 adapters": (adapter_in_fp64, "an adapter is torch.float64 beside torch.float32 x"),
     "another dropout": (odd_dropout, "AlphaDropout"),
+    "dropout in place": (dropout_in_place, "writes into its input"),
+    "bias on lora_A": (bias_on_lora_a, "lora_A of 'default' has a bias"),
     "scaling of a shape": (scaling_by_row, "not a constant number"),
     "trained scaling": (trained_scaling, "not a constant number"),
     "two adapters with dropout": (two_with_dropout, "several adapters are active with dropout"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import runpy
 import threading
@@ -346,6 +347,16 @@ def test_compiled_it_gives_the_same():
         for ids in (["one", None, "two"], None, ["two", "two", None], ["one"] * 3):
             expected = model(inputs_embeds=x, adapter_ids=ids)
             torch.testing.assert_close(compiled(inputs_embeds=x, adapter_ids=ids), expected)
+
+
+def test_unserve_gives_back_what_was_on_the_instance():
+    model = llama().eval()
+    forward = functools.partial(type(model).forward, model)
+    model.forward = forward
+    serve(model, AdapterBank(model, 2, 4))
+    assert model.forward is not forward
+    unserve(model)
+    assert vars(model)["forward"] is forward
 
 
 def test_unserve_gives_the_model_back(served):

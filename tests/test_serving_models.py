@@ -119,6 +119,26 @@ class Stacked(nn.Module):
         return self.inner(inputs_embeds)
 
 
+class Nested(Stacked):
+    """Whose generate calls itself without adapters."""
+
+    def generate(self, inputs_embeds=None, nested=True):
+        if nested:
+            return self.generate(inputs_embeds=inputs_embeds, nested=False)
+        return self(inputs_embeds=inputs_embeds)
+
+
+def test_a_generate_without_adapters_inside_of_one_with_them_is_the_frozen_models():
+    torch.manual_seed(0)
+    model, x = Nested(nn.Linear(8, 8)).eval(), torch.randn(1, 3, 8)
+    expected = model.inner(x)
+    serve(model, fill(AdapterBank(model, 2, 4), "a"))
+    with force("eager"):
+        assert torch.equal(model.generate(inputs_embeds=x, adapter_ids=["a"]), expected)
+        got = model.generate(inputs_embeds=x, adapter_ids=["a"], nested=False)
+        assert not torch.allclose(got, expected)
+
+
 def test_a_compiled_model_is_served_before():
     model = Stacked(nn.Linear(8, 8)).eval()
     bank = AdapterBank(model, 1, 2)

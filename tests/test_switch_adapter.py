@@ -131,6 +131,10 @@ def test_parameters_stay_where_the_rank_does(folders):
     switch_adapter(model, folders[2])
     assert model.up.lora_A is not before
     assert model.up.lora_A.requires_grad
+    model.up.lora_A.requires_grad_(False)
+    switch_adapter(model, folders[0])
+    assert not model.up.lora_A.requires_grad
+    assert model.up.lora_B.requires_grad
 
 
 def test_own_tensors_and_dtype_casts():
@@ -199,6 +203,13 @@ BAD = [
     ),
     pytest.param(
         task, {"config": {**CONFIG, "r": 3}}, ValueError, r"must be \(3, 16\), got", id="config-r"
+    ),
+    pytest.param(
+        task,
+        {"config": {k: v for k, v in CONFIG.items() if k != "r"}},
+        ValueError,
+        r"must be \(8, 16\), got",
+        id="config-default-r",
     ),
     pytest.param(
         task, {"config": {**CONFIG, "r": 0}}, ValueError, "r of up must be an int", id="config-r0"
