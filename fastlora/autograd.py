@@ -228,6 +228,8 @@ def no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError(f"fastlora's kernels have no double backward{_EAGERLY}")
 
 
+# torch.func lowers a Function through its levels to `apply` with plain tensors, and sets this meanwhile: it
+# saves every output then, and a replay gives those that have no gradient as None.
 _below_a_transform = torch._C._functorch.get_single_level_autograd_function_allowed
 
 

@@ -163,13 +163,14 @@ class AdapterBank:
             raise TypeError(f"name must be a non-empty string, got {name!r}")
         self._check_free(name)
         host: HostAdapter | None
+        started = time.perf_counter()
         if isinstance(source, Mapping):
             if lazy:
                 raise ValueError("lazy must be False for tensors: there is nothing to read later")
             if not isinstance(config, Mapping) or "lora_alpha" not in config:
                 raise ValueError("config must be a mapping with lora_alpha beside tensors")
             settings = {"peft_type": "LORA", **config}
-            host, seconds = from_tensors(source, settings, self._needs, f"adapter {name!r}"), 0.0
+            host = from_tensors(source, settings, self._needs, f"adapter {name!r}")
             entry = Entry(name, None)
         elif isinstance(source, (str, os.PathLike)):
             if config is not None:
@@ -178,18 +179,17 @@ class AdapterBank:
             if not os.path.isdir(folder):
                 raise FileNotFoundError(f"source must be a folder, there is none at {folder}")
             entry = Entry(name, lambda: read_folder(folder, self._needs))
-            host, started = None, time.perf_counter()
-            if not lazy:
-                host = read_folder(folder, self._needs)
-                seconds = time.perf_counter() - started
+            host = None if lazy else read_folder(folder, self._needs)
         else:
             raise TypeError(f"source must be a folder or a mapping, got {type(source).__name__}")
+        seconds = time.perf_counter() - started
         with self._books.changed:
             self._check_free(name)
             self._books.entries[name] = entry
             if host is not None:
-                self._books.stats.disk_reads += entry.read is not None
-                self._books.stats.disk_seconds += seconds
+                if entry.read is not None:
+                    self._books.stats.disk_reads += 1
+                    self._books.stats.disk_seconds += seconds
                 self._books.keep_host(entry, host)
 
     def load(

@@ -16,45 +16,42 @@ from fastlora.modules import base_problem
 _ALIGNED = 4  # elements: rows of the tables keep an alignment of 16 bytes, as the kernels like it
 
 
-def frozen_weight(module: nn.Module) -> Tensor | None:
-    """The weight ``[N, K]`` of a linear that a bank can serve, None for any other module.
-
-    Args:
-        module: A module; ``torch.nn.Linear`` itself or transformers' ``Conv1D`` counts, a subclass not.
-
-    Returns:
-        Tensor | None: The weight, or a transposed view of it.
-    """
-    kind = type(module)
-    if isinstance(module, nn.Linear):
-        return None if kind is not nn.Linear or base_problem(module) else module.weight
-    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        weight = module.weight
-        return weight.t() if isinstance(weight, Tensor) and weight.is_floating_point() else None
-    return None
-
-
-def serving_problem(model: nn.Module, name: str) -> str | None:
-    """Why a bank cannot serve the linear of that name, None if it can.
+def frozen_weight(model: nn.Module, name: str) -> Tensor | str:
+    """The weight ``[N, K]`` of a linear that a bank can serve, or why it cannot.
 
     Args:
         model: The model.
-        name: Of one of its modules.
+        name: Of one of its modules; ``torch.nn.Linear`` itself or transformers' ``Conv1D`` can be served, a
+            subclass not.
+
+    Returns:
+        Tensor | str: The weight, or a transposed view of it; or the reason.
     """
     module = model.get_submodule(name)
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
         return "torch.nn.TransformerEncoderLayer reads its weight past its forward"
     if isinstance(module, nn.Linear):
         problem = base_problem(module)
-        if problem is None and type(module) is not nn.Linear:
+        if problem is not None:
+            return str(problem)
+        if type(module) is not nn.Linear:
             return f"it is a {type(module).__name__}, a subclass of Linear"
-        return None if problem is None else str(problem)
-    if frozen_weight(module) is None:
+        return module.weight
+    weight = getattr(module, "weight", None) if _is_conv1d(module) else None
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return (
             "it must be a torch.nn.Linear or Conv1D of transformers with float weights, "
             f"got {type(module).__name__}"
         )
-    return "its forward was replaced, by hooks or serve" if "forward" in vars(module) else None
+    return (
+        "its forward was replaced, by hooks or serve" if "forward" in vars(module) else weight.t()
+    )
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Without an import of transformers."""
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def servable_layers(
@@ -84,11 +81,11 @@ def servable_layers(
             wanted = bool(matching_targets(targets, name))
         if not wanted:
             continue
-        weight, problem = frozen_weight(module), serving_problem(model, name)
-        if problem is None and weight is not None:
+        weight = frozen_weight(model, name)
+        if isinstance(weight, Tensor):
             layers[name] = weight
-        elif targets is not None and (weight is not None or isinstance(module, nn.Linear)):
-            raise ValueError(f"{name} cannot be served: {problem}")
+        elif targets is not None and (isinstance(module, nn.Linear) or _is_conv1d(module)):
+            raise ValueError(f"{name} cannot be served: {weight}")
     if not layers:
         raise ValueError(f"target_modules={target_modules!r} names no linear of the model")
     return layers

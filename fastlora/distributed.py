@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from fastlora.distributed_serving import shard_adapter, shard_linears
+from fastlora.distributed_serving import place_in, shard_adapter, shard_linears
 from fastlora.functional import lora_linear
 from fastlora.modules import LoRALinear
 from fastlora.reference import draw_seed
@@ -298,9 +298,7 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | N
         TypeError: A parameter is a DTensor, whose gradient its owner reduces, or its gradient is sparse.
         ValueError: This rank is not in the group.
     """
-    ranks = dist.get_world_size(group)
-    if ranks < 1:
-        raise ValueError("group must have this rank as a member")
+    _, ranks = place_in(group)
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for parameter in parameters:
         if not parameter.requires_grad:

@@ -142,6 +142,18 @@ def shard_adapter(
     return local
 
 
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This rank's number in the group, and how many ranks that has.
+
+    Raises:
+        ValueError: This rank is not in it.
+    """
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group must have this rank as a member")
+    return rank, dist.get_world_size(group)
+
+
 class _Plan:
     """Which linears are cut which way, and this rank's place among the ranks."""
 
@@ -151,9 +163,7 @@ class _Plan:
         self.colwise = _checked_names("colwise", colwise)
         self.rowwise = _checked_names("rowwise", rowwise)
         self.names = self.colwise + self.rowwise
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        if self.rank < 0:
-            raise ValueError("group must have this rank as a member")
+        self.rank, self.ranks = place_in(group)
 
     def cuts_rows(self, name: str) -> bool | None:
         """True for a column-parallel linear, whose weight is cut by rows; None for one that stays whole."""

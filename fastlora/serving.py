@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters import AdapterStack, Routing, route
 from fastlora.bank import AdapterBank
-from fastlora.bank_pool import frozen_weight, serving_problem
+from fastlora.bank_pool import frozen_weight
 from fastlora.multi import lora_linear_multi
 
 _MARK = "_fastlora_serving"
@@ -330,9 +330,9 @@ def _layer_of(model: nn.Module, name: str, bank: AdapterBank) -> nn.Module:
         module = model.get_submodule(name)
     except AttributeError:
         raise TypeError(f"the model has no module {name}, a layer of the bank") from None
-    weight, problem = frozen_weight(module), serving_problem(model, name)
-    if problem is not None or weight is None:
-        raise TypeError(f"{name} cannot be served: {problem}")
+    weight = frozen_weight(model, name)
+    if isinstance(weight, str):
+        raise TypeError(f"{name} cannot be served: {weight}")
     stack = bank.layer(name)
     expected = (stack.lora_B.shape[1], stack.lora_A.shape[2])
     if tuple(weight.shape) != expected:

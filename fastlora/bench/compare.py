@@ -107,25 +107,28 @@ def compare(
     Raises:
         ValueError: the runs have nothing in common.
     """
-    pairs: list[tuple[Result, Result | str]] = []
+    pairs: list[tuple[Result, Result | None, str]] = []
     for key, old in before.results.items():
         if key[3] in (FLOOR, COPY) or old.status != OK or not old.device_ms:
             continue
         if pattern is not None and not re.search(pattern, old.case):
             continue
-        found = after.results.get(key) or _why_missing(after, old)
-        if found:
-            pairs.append((old, found))
-    if not any(isinstance(new, Result) for _, new in pairs):
+        new = after.results.get(key)
+        if new is None:
+            failed = _why_missing(after, old)
+        else:
+            failed = "" if new.status == OK and new.device_ms else new.message or new.status
+        if new is not None or failed:
+            pairs.append((old, new, failed))
+    if all(new is None for _, new, _ in pairs):
         raise ValueError("the two runs have no result in common")
     bound = level / len(pairs)
     changes = []
-    for old, new in pairs:
-        if isinstance(new, str) or new.status != OK or not new.device_ms:
+    for old, new, failed in pairs:
+        if new is None or failed:
             old_samples, old_unit = relative_samples(before, old, FLOOR)
-            old_median = spread(old_samples).median
-            words = new if isinstance(new, str) else new.message or new.status
-            changes.append(Change(old.key, old.label, old_median, 0.0, 0.0, True, words, old_unit))
+            median = spread(old_samples).median
+            changes.append(Change(old.key, old.label, median, 0.0, 0.0, True, failed, old_unit))
             continue
         hosts = host_bound(old) or host_bound(new)
         yardstick = HOST_YARDSTICK if hosts else FLOOR

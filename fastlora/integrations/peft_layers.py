@@ -226,8 +226,6 @@ def caller_problem() -> str | None:
         return "hooks on all modules are registered, and inner modules would miss them"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a torch.func transform or forward-mode AD is active"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit is tracing"
     return None
 
 
