@@ -104,6 +104,17 @@ class Routing:
         """
         return self._table("tiles", block)
 
+    def sorted_tile_slots(self, block: int) -> Tensor:
+        """The adapters that occur in each tile of ``block`` sorted rows, as `tile_slots`.
+
+        Args:
+            block (int): rows of a tile.
+
+        Returns:
+            Tensor: int32 ``[cdiv(M, block), min(block, L)]``, ascending; -1 after the last one.
+        """
+        return self._table("sorted_tiles", block)
+
     def complete_(self) -> Routing:
         """Make every table now that a layer may ask for: compiled layers then share them, too.
 

@@ -46,6 +46,14 @@ def _blocks(routing: Routing, block_m: int = MULTI_BLOCK_M) -> tuple[Tensor, Ten
     return (*_rows(routing), routing.block_starts(block_m))
 
 
+def _tiles(routing: Routing, kind: str, block_m: int) -> tuple[Tensor, ...]:
+    """What the kernels that take tiles of rows go by, one of which may take them sorted."""
+    tiles = routing.ids, routing.tile_slots(block_m)
+    if kind != "tma":
+        return tiles
+    return (*tiles, routing.order, routing.sorted_tile_slots(block_m))
+
+
 def _begin(
     x: Tensor,
     weight: Tensor,
@@ -65,7 +73,7 @@ def _begin(
             routing.block_starts(FEW_BLOCK_M)
         return kind, frozen_linear(x, weight, bias)
     if kind not in FEW:
-        routing.tile_slots(c.BLOCK_M)
+        _tiles(routing, kind, c.BLOCK_M)
     return kind, c
 
 
@@ -93,8 +101,8 @@ def _finish(
         )
     if kind == "decode":
         return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, how, bias)
-    slots = (routing.ids, routing.tile_slots(how.BLOCK_M))
-    return lora_multi_gemm(x, weight, s[0], lora_B, ranks, slots, (kind, how), bias, mask)
+    tiles = _tiles(routing, kind, how.BLOCK_M)
+    return lora_multi_gemm(x, weight, s[0], lora_B, ranks, tiles, (kind, how), bias, mask)
 
 
 def fused_forward(

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from fastlora.dispatch import HAS_TRITON, kernels_can_route
 from fastlora.kernels.config import cdiv
-from fastlora.kernels.config_multi import FEW_BLOCK_M, MULTI_BLOCK_M, MULTI_TILES
+from fastlora.kernels.config_multi import (
+    FEW_BLOCK_M,
+    MULTI_BLOCK_M,
+    MULTI_SORTED_TILE,
+    MULTI_TILES,
+)
 
 if HAS_TRITON:
     from fastlora.kernels.route_rows import lora_route_rows
@@ -27,6 +32,7 @@ TABLES = (
     *(("blocks", block) for block in sorted({MULTI_BLOCK_M, FEW_BLOCK_M})),
     ("segments", 0),
     *(("tiles", block) for block in MULTI_TILES),
+    ("sorted_tiles", MULTI_SORTED_TILE),
 )
 """Every table that the kernels of a layer may ask for."""
 
@@ -111,9 +117,14 @@ def build_tables(
     return tables
 
 
+def is_of_tiles(kind: str) -> bool:
+    """Whether a table has the slots of tiles, of the rows as they come or sorted."""
+    return kind in ("tiles", "sorted_tiles")
+
+
 def table_shape(kind: str, block: int, M: int, L: int) -> tuple[int, ...]:
     """The shape of a table of M rows and L adapters."""
-    if kind == "tiles":
+    if is_of_tiles(kind):
         return cdiv(M, block), min(block, L)
     return (min(M, cdiv(M, block) + L) if kind == "blocks" else min(M, L) + 1,)
 
@@ -121,13 +132,13 @@ def table_shape(kind: str, block: int, M: int, L: int) -> tuple[int, ...]:
 def build_table(
     kind: str, block: int, ids: Tensor, sorted_ids: Tensor, num_adapters: int
 ) -> Tensor:
-    """One of `build_tables` by torch: ``"blocks"`` or ``"tiles"`` of ``block`` rows, or ``"segments"``."""
+    """One of `build_tables` by torch: of ``block`` rows, or ``"segments"``."""
     M, device = ids.shape[0], ids.device
     shape = table_shape(kind, block, M, num_adapters)
-    if kind == "tiles":
+    if is_of_tiles(kind):
         tiles, width = shape
         padded = torch.full((tiles * block,), NO_ADAPTER, dtype=torch.int32, device=device)
-        padded[:M] = ids
+        padded[:M] = ids if kind == "tiles" else sorted_ids
         found = padded.view(tiles, block).sort(dim=1).values
         first = torch.ones_like(found, dtype=torch.bool)
         first[:, 1:] = found[:, 1:] != found[:, :-1]
@@ -174,7 +185,7 @@ def all_tables(ids: Tensor, sorted_ids: Tensor, num_adapters: int) -> list[Tenso
 def unflattened(tables: Sequence[Tensor], num_adapters: int) -> dict[tuple[str, int], Tensor]:
     """What `all_tables` gives, as a `Routing` keeps it."""
     return {
-        (kind, block): table.view(-1, min(block, num_adapters)) if kind == "tiles" else table
+        (kind, block): table.view(-1, min(block, num_adapters)) if is_of_tiles(kind) else table
         for (kind, block), table in zip(TABLES, tables, strict=True)
     }
 
@@ -193,7 +204,7 @@ def _(ids: Tensor, sorted_ids: Tensor, num_adapters: int) -> list[Tensor]:
     smaller: Any = torch.sym_min  # min would decide, and guard on it
 
     def size(kind: str, block: int) -> Any:
-        if kind == "tiles":
+        if is_of_tiles(kind):
             return cdiv(M, block) * smaller(block, L)
         if kind == "blocks":
             return smaller(M, cdiv(M, block) + L)

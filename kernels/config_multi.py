@@ -20,16 +20,21 @@ from .config import (
 )
 
 
-def multi_shrink_config(itemsize: int, R: int, precision: str, block_m: int) -> LaunchConfig:
+def multi_shrink_config(
+    itemsize: int, R: int, precision: str, block_m: int, dropout: bool = False
+) -> LaunchConfig:
     """Tiles of `lora_multi_shrink`: ``BLOCK_M`` gathered rows, ``BLOCK_N`` ranks, ``BLOCK_K`` of x.
 
     As `shrink_config`, but for a block of at most 64 ranks: past an adapter's own rank its programs end.
+    A tile of 16 rows and ranks is one warp's: 22 us at 8192 x 4096 on one H200, where four, of which each
+    two make the same, take 25. Drawing a mask wants them.
     """
     block_r = min(rank_block(R), 64)
     if precision == "ieee" and itemsize == 4:
         return LaunchConfig(block_m, block_r, 32, num_warps=4, num_stages=3)
     stages = 4 if block_r <= 32 else 3  # fp32 adapters beside 16-bit x take twice the room
-    return LaunchConfig(block_m, block_r, 256 // itemsize, num_warps=4, num_stages=stages)
+    warps = 1 if block_r == 16 and itemsize == 2 and not dropout else 4
+    return LaunchConfig(block_m, block_r, 256 // itemsize, num_warps=warps, num_stages=stages)
 
 
 MULTI_BLOCK_M = 16
@@ -51,6 +56,18 @@ def multi_gemm_tma_config(
 
 MULTI_RING_CHUNK = 16
 """Tiles that a program of `lora_multi_gemm_ring` sorts at once: hexadecimal digits of a number."""
+
+
+MULTI_SORTED_TILE = 128
+"""The BLOCK_M that the tiles of `lora_multi_gemm_ring` have."""
+
+MULTI_GATHER_ABOVE = 12
+"""Adapters in more than half of the tiles from which on `lora_multi_gemm_ring` goes through the rows sorted.
+
+8192 random rows, 4096 -> 4096, rank 16, over the base product, in brackets in the order they come in: of 8
+adapters 1.24 (1.22), 12 1.24 (1.24), 16 1.25 (1.27), 32 1.26 (1.39); -> 14336 1.21 (1.19), 1.21 (1.22), 1.22
+(1.25), 1.23 (1.36) (one H200, in a graph).
+"""
 
 
 def multi_ring_config(c: LaunchConfig) -> tuple[LaunchConfig, int]:

@@ -244,7 +244,7 @@ def lora_multi_gemm(
     s: Tensor,
     lora_B: Tensor,
     ranks: Tensor | None,
-    routing: tuple[Tensor, Tensor],
+    routing: tuple[Tensor, ...],
     tiles: tuple[str, LaunchConfig],
     bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -259,7 +259,8 @@ def lora_multi_gemm(
         s (Tensor): ``[M, R]``, rows dense, zeros in rows without an adapter, as `lora_multi_shrink` gives it.
         lora_B (Tensor): ``[L, N, R]``, any strides, cast to the dtype of x for the product.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
-        routing (tuple): ``ids [M]`` and the slots of tiles of BLOCK_M rows, made before s.
+        routing (tuple): ``ids [M]`` and the slots of tiles of BLOCK_M rows, made before s; where tiles are
+            ``"tma"`` also ``order [M]`` and the slots of tiles of sorted rows.
         tiles (tuple): of `multi_gemm_tiles`.
         bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
         mask (Tensor | None): packed keep mask ``[M, ceil(N / 8)]``. Default: ``None``.
@@ -267,7 +268,7 @@ def lora_multi_gemm(
     Returns:
         Tensor: ``[M, N]``.
     """
-    (kind, c), (ids, slots) = tiles, routing
+    (kind, c), (ids, slots, *_) = tiles, routing
     if kind == "tma" and mask is None:
         made = lora_multi_gemm_ring(x, weight, s, lora_B, ranks, routing, c, bias)
         if made is not None:

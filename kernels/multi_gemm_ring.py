@@ -22,8 +22,13 @@ from .common import (
     tile_of,
     wait_for_previous_kernel,
 )
-from .config import LaunchConfig, cdiv, gemm_boxes, next_power_of_2, rank_step
-from .config_multi import MULTI_RING_CHUNK, multi_ring_config, slots_at_once
+from .config import LaunchConfig, cdiv, gemm_boxes, next_power_of_2, rank_step, vector
+from .config_multi import (
+    MULTI_GATHER_ABOVE,
+    MULTI_RING_CHUNK,
+    multi_ring_config,
+    slots_at_once,
+)
 from .launch import Launch, cached_plan
 from .multi_slots import add_slot_products
 
@@ -73,14 +78,28 @@ def _tiles_of_one_adapter(
 
 
 @triton.jit
+def _is_scattered(slots_ptr, tiles_m, width, LIMIT: tl.constexpr, CHUNK: tl.constexpr):
+    """Whether more than half of the tiles have more than LIMIT adapters."""
+    count = 0
+    if width > LIMIT:
+        for start in range(0, tiles_m, CHUNK):
+            tile_m = start + tl.arange(0, CHUNK)
+            slot = tl.load(
+                slots_ptr + tile_m.to(tl.int64) * width + LIMIT, mask=tile_m < tiles_m, other=-1
+            )  # [CHUNK]
+            count += tl.sum((slot >= 0).to(tl.int32), axis=0)
+    return 2 * count > tiles_m
+
+
+@triton.jit
 def _lora_multi_gemm_ring_kernel(
     x_desc, w_desc, s_desc, b_desc, y_desc,
-    s_ptr, b_ptr, bias_ptr, ids_ptr, slots_ptr, ranks_ptr,
-    M, N, K, R, width, stride_sm, stride_bl, stride_bn, stride_br,
+    x_ptr, y_ptr, s_ptr, b_ptr, bias_ptr, ids_ptr, slots_ptr, order_ptr, sorted_slots_ptr, ranks_ptr,
+    M, N, K, R, width, stride_xm, stride_sm, stride_bl, stride_bn, stride_br,
     W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHUNK: tl.constexpr, MIXED_STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr, K_VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr, MIXED_STAGES: tl.constexpr, GATHER_ABOVE: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``y = [x s] [W B[id]]^T + bias`` by TMA. Grid: persistent, one program an SM.
@@ -90,9 +109,16 @@ def _lora_multi_gemm_ring_kernel(
     the first column, where TMA reads zeros: what is past a rank is not read, and a tile without an adapter
     adds zeros. The other tiles follow, each with a pipeline of its own. Both loops in the body of a third,
     ptxas would wait for every wgmma. Tables are read before the kernel that makes s is waited for.
+
+    Where most tiles have more than GATHER_ABOVE adapters, all are made of sorted rows instead, which have
+    few: rows of x are gathered by pointers, and those of y scattered.
     """
-    stride_sm = multiple(stride_sm, 8)
+    stride_xm, stride_sm = multiple(stride_xm, 8), multiple(stride_sm, 8)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles = tiles_m * tiles_n
+    gathered = 0
+    if _is_scattered(slots_ptr, tiles_m, width, GATHER_ABOVE, 128):
+        tiles, gathered = 0, tiles
     programs = tl.num_programs(0)
     k_steps = tl.cdiv(K, BLOCK_K)
     steps = k_steps + tl.cdiv(R, BLOCK_K)
@@ -100,7 +126,7 @@ def _lora_multi_gemm_ring_kernel(
     if wait_at == 0:
         wait_for_previous_kernel(PDL)
     first = tl.program_id(0)
-    while first < tiles_m * tiles_n:
+    while first < tiles:
         numbers, count = _tiles_of_one_adapter(
             slots_ptr, ranks_ptr, first, programs, tiles_m, tiles_n, R, width, GROUP_M, CHUNK
         )
@@ -125,7 +151,7 @@ def _lora_multi_gemm_ring_kernel(
                 acc = add_bias(acc, bias_ptr, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), N)
             store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
         first += programs * CHUNK
-    for tile in range(tl.program_id(0), tiles_m * tiles_n, programs):
+    for tile in range(tl.program_id(0), tiles, programs):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         alike, _, _ = _shared_adapter(slots_ptr, ranks_ptr, tile_m, True, R, width)
         if not alike:
@@ -145,6 +171,36 @@ def _lora_multi_gemm_ring_kernel(
             if HAS_BIAS:
                 acc = add_bias(acc, bias_ptr, offs_n, N)
             store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
+    for tile in range(tl.program_id(0), gathered, programs):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        start_n = tile_n * BLOCK_N
+        offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+        position = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_m = tl.load(order_ptr + position, mask=position < M, other=M).to(tl.int64)  # [BLOCK_M]
+        offs_k = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + tl.minimum(offs_m, M - 1)[:, None] * stride_xm + offs_k[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in tl.range(0, k_steps, num_stages=MIXED_STAGES):
+            x = tl.load(
+                x_ptrs + k * BLOCK_K,
+                mask=offs_k[None, :] < multiple(K, K_VECTOR) - k * BLOCK_K,
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_K]
+            w = _load_right(w_desc, 0, k * BLOCK_K, start_n, N, W_IS_NK, BLOCK_K, BLOCK_N)
+            acc = dot(x, w, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+        wait_for_previous_kernel(PDL)
+        acc = add_slot_products(
+            acc, s_ptr, b_ptr, ids_ptr, sorted_slots_ptr, ranks_ptr, tile_m, offs_m, offs_n,
+            M, N, R, width,
+            stride_sm, stride_bl, stride_bn, stride_br, y_desc.dtype, PRECISION, WIDTH, SLOTS, BLOCK_R,
+        )  # fmt: skip
+        if HAS_BIAS:
+            acc = add_bias(acc, bias_ptr, offs_n, N)
+        tl.store(
+            y_ptr + offs_m[:, None] * N + offs_n[None, :],
+            acc.to(y_ptr.dtype.element_ty),
+            mask=(offs_m[:, None] < M) & (offs_n[None, :] < multiple(N, 8)),
+        )
 
 
 @cached_plan
@@ -185,11 +241,12 @@ def _plan(
         boxes = (x_box, (1, *w_box), s_box, (1, *b_box), y_box)
     return Launch(
         _lora_multi_gemm_ring_kernel, (min(num_sms, cdiv(M, c.BLOCK_M) * cdiv(N, c.BLOCK_N)),), device,
-        M, N, K, R, width, s_stride[0], *b_stride,
+        M, N, K, R, width, stride[0], s_stride[0], *b_stride,
         boxes=boxes, W_IS_NK=nk, HAS_BIAS=has_bias, PRECISION=precision, PDL=pdl, launch_pdl=pdl,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K,
-        WIDTH=next_power_of_2(width), BLOCK_R=block_r, CHUNK=MULTI_RING_CHUNK,
-        MIXED_STAGES=mixed_stages, SLOTS=slots_at_once(width, block_r, itemsize, itemsize),
+        WIDTH=next_power_of_2(width), BLOCK_R=block_r, K_VECTOR=vector(K), CHUNK=MULTI_RING_CHUNK,
+        MIXED_STAGES=mixed_stages, GATHER_ABOVE=MULTI_GATHER_ABOVE,
+        SLOTS=slots_at_once(width, block_r, itemsize, itemsize),
         GROUP_M=c.GROUP_M, SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
 
@@ -200,7 +257,7 @@ def lora_multi_gemm_ring(
     s: Tensor,
     lora_B: Tensor,
     ranks: Tensor | None,
-    routing: tuple[Tensor, Tensor],
+    routing: tuple[Tensor, ...],
     c: LaunchConfig,
     bias: Tensor | None = None,
 ) -> Tensor | None:
@@ -212,15 +269,15 @@ def lora_multi_gemm_ring(
         s (Tensor): ``[M, R]``, zeros in rows without an adapter, as `lora_multi_shrink` gives it.
         lora_B (Tensor): ``[L, N, R]``.
         ranks (Tensor | None): int32 ``[L]``, or ``None`` for R everywhere.
-        routing (tuple): ``ids [M]`` and the slots of tiles of BLOCK_M rows, complete before the kernel that
-            makes s began.
+        routing (tuple): ``ids [M]``, the slots of tiles of BLOCK_M rows, ``order [M]`` and the slots of tiles
+            of sorted rows, complete before the kernel that makes s began.
         c (LaunchConfig): of `multi_gemm_tiles`.
         bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
 
     Returns:
         Tensor | None: ``[M, N]``; ``None`` where the kernel cannot take these tensors.
     """
-    ids, slots = routing
+    ids, slots, order, sorted_slots = routing
     launch = _plan(
         c, x.shape, x.stride(), x.dtype, weight.stride(), lora_B.shape, lora_B.stride(), lora_B.dtype,
         s.stride(), x.device, slots.shape[1], bias is not None, aligned(s, lora_B),
@@ -233,5 +290,5 @@ def lora_multi_gemm_ring(
         w, b = weight, lora_B.flatten(0, 1)  # [N, K], [L N, R]
     else:
         w, b = weight.t().unsqueeze(0), lora_B.transpose(1, 2)  # [1, K, N], [L, R, N]
-    launch(x, w, s, b, y, s, lora_B, bias, ids, slots, ranks)
+    launch(x, w, s, b, y, x, y, s, lora_B, bias, ids, slots, order, sorted_slots, ranks)
     return y

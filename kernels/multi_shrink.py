@@ -115,7 +115,7 @@ def _plan(
     early: bool,
 ) -> Launch:
     (M, K), R = shape, a_shape[1]
-    c = multi_shrink_config(dtype.itemsize, R, precision, block_m)
+    c = multi_shrink_config(dtype.itemsize, R, precision, block_m, has_dropout)
     pdl = has_pdl(device)
     return Launch(
         _lora_multi_shrink_kernel, (blocks, cdiv(R, c.BLOCK_N)), device,

@@ -78,11 +78,15 @@ def _slots(slots_ptr, ids_ptr, tile, M, L, BLOCK: tl.constexpr, STEP: tl.constex
 
 @triton.jit(do_not_specialize=["M", "L"])
 def _lora_route_tables_kernel(
-    ids_ptr, sorted_ids_ptr, blocks_ptr, other_blocks_ptr, segments_ptr, tiles_ptr, other_tiles_ptr, M, L,
-    ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr, TILE: tl.constexpr, OTHER_TILE: tl.constexpr,
+    ids_ptr, sorted_ids_ptr, blocks_ptr, other_blocks_ptr, segments_ptr, tiles_ptr, other_tiles_ptr,
+    sorted_tiles_ptr, M, L,
+    ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr,
+    TILE: tl.constexpr, OTHER_TILE: tl.constexpr, SORTED_TILE: tl.constexpr,
     CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Tables of `fastlora.adapters.Routing`: blocks of two sizes, segments, and the slots of tiles of two.
+    """Tables of `fastlora.adapters.Routing`: blocks of two sizes, segments, the slots of tiles of two sizes.
+
+    And the slots of tiles of the sorted rows.
 
     Those without a pointer are left out. Grid: one program for the blocks of a size, one for the segments,
     then one for each tile.
@@ -107,9 +111,14 @@ def _lora_route_tables_kernel(
         if (program >= 0) & (program < tiles):
             _slots(tiles_ptr, ids_ptr, program, M, L, TILE, STEP)
         program -= tiles
-    if other_tiles_ptr is not None:  # noqa: SIM102 - decided when compiling, so it stands alone
-        if program >= 0:
+    if other_tiles_ptr is not None:
+        tiles = tl.cdiv(M, OTHER_TILE)
+        if (program >= 0) & (program < tiles):
             _slots(other_tiles_ptr, ids_ptr, program, M, L, OTHER_TILE, STEP)
+        program -= tiles
+    if sorted_tiles_ptr is not None:  # noqa: SIM102 - decided when compiling, so it stands alone
+        if program >= 0:
+            _slots(sorted_tiles_ptr, sorted_ids_ptr, program, M, L, SORTED_TILE, STEP)
 
 
 @cached_plan
@@ -121,15 +130,17 @@ def _plan(
     has_segments: bool,
     tile: int | None,
     other_tile: int | None,
+    sorted_tile: int | None,
     device: torch.device,
 ) -> Launch:
-    blocks = [block for block in (tile, other_tile) if block is not None]
+    blocks = [block for block in (tile, other_tile, sorted_tile) if block is not None]
     tiles = sum(cdiv(M, block) for block in blocks)
     starts = (rows is not None) + (other_rows is not None) + has_segments
     return Launch(
         _lora_route_tables_kernel, (starts + tiles,), device, M, L,
         fixed=True, ROWS=rows or 0, OTHER_ROWS=other_rows or 0, TILE=tile or 0,
-        OTHER_TILE=other_tile or 0, CHUNK=route_chunk(M), STEP=min([16, *blocks]), num_warps=8,
+        OTHER_TILE=other_tile or 0, SORTED_TILE=sorted_tile or 0,
+        CHUNK=route_chunk(M), STEP=min([16, *blocks]), num_warps=8,
     )  # fmt: skip
 
 
@@ -137,10 +148,10 @@ def makes_table(kind: str, block: int) -> bool:
     """Whether `lora_route_tables` makes tables of a kind with such a block.
 
     Args:
-        kind (str): ``"blocks"``, ``"segments"`` or ``"tiles"``.
+        kind (str): ``"blocks"``, ``"segments"``, ``"tiles"`` or ``"sorted_tiles"``.
         block (int): rows of a block or a tile.
     """
-    return kind != "tiles" or (0 < block <= ROUTE_TILE and block & (block - 1) == 0)
+    return kind in ("blocks", "segments") or (0 < block <= ROUTE_TILE and block & (block - 1) == 0)
 
 
 def lora_route_tables(
@@ -150,7 +161,7 @@ def lora_route_tables(
     num_adapters: int,
     out: Sequence[Tensor],
 ) -> None:
-    """Write tables of a routing: up to two of blocks, one of segments and two of tiles in a launch.
+    """Write tables of a routing: up to two of blocks and two of tiles in a launch, one of the other kinds.
 
     Args:
         keys (Sequence[tuple[str, int]]): the kind and the block of each, which `makes_table` says yes to.
@@ -165,7 +176,9 @@ def lora_route_tables(
     """
     if recording.tape is not None:
         raise CannotRecordError("a table of a routing among what it makes")
-    left: dict[str, list[tuple[int, Tensor]]] = {"blocks": [], "segments": [], "tiles": []}
+    left: dict[str, list[tuple[int, Tensor]]] = {
+        "blocks": [], "segments": [], "tiles": [], "sorted_tiles": []
+    }  # fmt: skip
     for (kind, block), table in zip(keys, out, strict=True):
         left[kind].append((block, table))
 
@@ -174,11 +187,11 @@ def lora_route_tables(
 
     while any(left.values()):
         (rows, blocks), (other_rows, other_blocks) = take("blocks"), take("blocks")
-        (_, segments), (tile, tiles), (other_tile, other_tiles) = map(
-            take, ("segments", "tiles", "tiles")
+        (_, segments), (tile, tiles), (other_tile, other_tiles), (sorted_tile, sorted_tiles) = map(
+            take, ("segments", "tiles", "tiles", "sorted_tiles")
         )
         launch = _plan(
             ids.shape[0], num_adapters, rows, other_rows, segments is not None, tile, other_tile,
-            ids.device,
+            sorted_tile, ids.device,
         )  # fmt: skip
-        launch(ids, sorted_ids, blocks, other_blocks, segments, tiles, other_tiles)
+        launch(ids, sorted_ids, blocks, other_blocks, segments, tiles, other_tiles, sorted_tiles)

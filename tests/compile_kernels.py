@@ -229,7 +229,8 @@ def multi_launches(
             return
         width = min(slots, plan[1].BLOCK_M)
         tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)
-        gemm.lora_multi_gemm(x, weight, s, right, ranks, (ids, tiles), plan, **options)
+        routing = (ids, tiles, ids, tiles)
+        gemm.lora_multi_gemm(x, weight, s, right, ranks, routing, plan, **options)
 
     return {
         "multi_shrink": lambda: modules["multi_shrink"].lora_multi_shrink(

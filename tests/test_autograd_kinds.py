@@ -101,7 +101,8 @@ def test_hooks_may_change_the_layout_of_what_is_saved(kind, device, dropout_p):
         y = call()
     found = torch.autograd.grad(y.square().sum(), leaves)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+        # Products of another layout round otherwise.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
 @KINDS

@@ -7,7 +7,8 @@ import torch
 from kernel_checks import assert_rounded, randn
 
 import fastlora
-from fastlora.kernels import multi_gemm
+from fastlora.autograd_multi import _tiles
+from fastlora.kernels import multi_gemm, multi_gemm_ring
 from fastlora.kernels.config_multi import MULTI_BLOCK_M
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 
@@ -65,7 +66,7 @@ def check(device, dtype, M, K, N, R, L, ids, ranks=None, bias=False, backward=Fa
     assert not s[ids < 0].any()
 
     def call():
-        table = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
+        table = _tiles(routing, tiles[0], tiles[1].BLOCK_M)
         return multi_gemm.lora_multi_gemm(x, weight, s, b, held, table, tiles, added)
 
     y = call()
@@ -107,6 +108,54 @@ def test_routes(device, rings, dtype, route, backward):
     ids = ROUTES[route](770, 5)
     check(device, dtype, 770, 136, 264, 16, 5, ids, bias=not backward, backward=backward)
     assert all(rings) and rings
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_tiles_of_sorted_rows(device, rings, monkeypatch, route, backward):
+    """Where tiles have more than a few adapters, which is one here; K and N end inside of a step."""
+    monkeypatch.setattr(multi_gemm_ring, "MULTI_GATHER_ABOVE", 1)
+    ids, ranks = ROUTES[route](770, 7), [16, 3, 0, 8, 13, 16, 1]
+    check(device, F16, 770, 136, 264, 16, 7, ids, ranks, bias=not backward, backward=backward)
+    assert all(rings) and rings
+
+
+def test_rows_are_sorted_where_most_tiles_have_many_adapters(device, monkeypatch):
+    """The wrong table of sorted tiles shows whether it is read."""
+    M, K, N, R, L = 128 * 4, 64, 256, 8, 40
+    x, weight = randn(device, F16, M, K), randn(device, F16, N, K)
+    b = randn(device, F16, L, N, R)
+    s = torch.ones(M, R, device=device, dtype=F16)
+    how = multi_gemm.multi_gemm_tiles(x, weight, R)
+
+    def call(routing, sorted_tiles):
+        tiles = (*_tiles(routing, how[0], how[1].BLOCK_M)[:3], sorted_tiles)
+        return multi_gemm.lora_multi_gemm(x, weight, s, b, None, tiles, how)
+
+    for many in range(5):
+        ids = in_blocks(M, L, 128)
+        ids[: 128 * many] = torch.arange(128 * many) % (multi_gemm_ring.MULTI_GATHER_ABOVE + 1)
+        routing = fastlora.route(ids.to(device), L)
+        right = routing.sorted_tile_slots(how[1].BLOCK_M)
+        same = torch.equal(call(routing, right), call(routing, torch.full_like(right, -1)))
+        assert same == (many <= 2), many
+
+
+def test_rows_whose_end_is_no_vector(device, rings, monkeypatch):
+    """x and the weight are columns of wider tensors, as TMA can still describe them."""
+    monkeypatch.setattr(multi_gemm_ring, "MULTI_GATHER_ABOVE", 1)
+    M, K, N, R, L = 300, 75, 136, 8, 5
+    x, weight = randn(device, F16, M, 80), randn(device, F16, N, 80)
+    x[:, K:], weight[:, K:] = float("nan"), float("nan")
+    x, weight = x[:, :K], weight[:, :K]
+    a, b = randn(device, F16, L, R, K, scale=K**-0.5), randn(device, F16, L, N, R)
+    for ids in (torch.arange(M) % L, in_blocks(M, L, 128)):
+        ids = ids.to(device)
+        y = fastlora.lora_linear_multi(x, weight, (a, b), ids)
+        s = torch.einsum("mk,mrk->mr", x.double(), a[ids].double())
+        update = torch.einsum("mr,mnr->mn", s.to(F16).double(), b[ids].double())
+        assert_rounded(y, x.double() @ weight.double().t() + update, F16)
+    assert rings == [True] * 2
 
 
 @pytest.mark.parametrize("R", [8, 16, 24, 64, 136])
@@ -156,7 +205,7 @@ def test_a_slot_is_a_part_of_a_wider_one(device, rings, backward):
     s = randn(device, F16, M, R)
     s[routing.ids < 0] = 0
     tiles = multi_gemm.multi_gemm_tiles(x, weight, R)
-    table = (routing.ids, routing.tile_slots(tiles[1].BLOCK_M))
+    table = _tiles(routing, tiles[0], tiles[1].BLOCK_M)
     y = multi_gemm.lora_multi_gemm(x, weight, s, b, None, table, tiles)
     expected = x.double() @ weight.double().t()
     for slot in range(L):

@@ -138,6 +138,9 @@ def test_every_tile_has_its_table(device):
         )
     }
     assert blocks == set(config_multi.MULTI_TILES)
+    by_tma = config_multi.multi_gemm_tma_config
+    sizes = {by_tma(M, 4096, 2, 132, R).BLOCK_M for M in (257, 1024, 8192) for R in (None, 16)}
+    assert sizes == {config_multi.MULTI_SORTED_TILE}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
