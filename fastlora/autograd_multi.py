@@ -21,7 +21,12 @@ from fastlora.autograd import (
     weight_gradient,
 )
 from fastlora.kernels.config import LaunchConfig, dropout_threshold, keep_scale
-from fastlora.kernels.config_multi import FEW_BLOCK_M, MULTI_BLOCK_M, multi_reads_rows
+from fastlora.kernels.config_multi import (
+    FEW_BLOCK_M,
+    MULTI_BLOCK_M,
+    makes_pairs,
+    multi_reads_rows,
+)
 from fastlora.kernels.multi_add import frozen_linear, lora_multi_add
 from fastlora.kernels.multi_add_blocks import lora_multi_add_blocks
 from fastlora.kernels.multi_decode import lora_multi_decode
@@ -52,6 +57,16 @@ def _tiles(routing: Routing, kind: str, block_m: int) -> tuple[Tensor, ...]:
     if kind != "tma":
         return tiles
     return (*tiles, routing.order, routing.sorted_tile_slots(block_m))
+
+
+def _slots_of_pairs(
+    x: Tensor, lora_A: Tensor, routing: Routing, begun: tuple[str, LaunchConfig | Tensor] | None
+) -> Tensor | None:
+    """The slots of tiles, where s is wanted for those of two adapters too."""
+    if begun is None or begun[0] != "tma" or isinstance(begun[1], Tensor):
+        return None
+    wanted = x.dtype == lora_A.dtype and makes_pairs(lora_A.shape[1], x.element_size())
+    return routing.tile_slots(begun[1].BLOCK_M) if wanted else None
 
 
 def _begin(
@@ -87,6 +102,7 @@ def _finish(
     begun: tuple[str, LaunchConfig | Tensor],
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    pair: Tensor | None = None,
 ) -> Tensor:
     """``x W^T + bias + mask * (s B[l]^T)``; few rows have no mask.
 
@@ -102,7 +118,7 @@ def _finish(
     if kind == "decode":
         return lora_multi_decode(x, weight, s, lora_B, ranks, routing.ids, how, bias)
     tiles = _tiles(routing, kind, how.BLOCK_M)
-    return lora_multi_gemm(x, weight, s[0], lora_B, ranks, tiles, (kind, how), bias, mask)
+    return lora_multi_gemm(x, weight, s[0], lora_B, ranks, tiles, (kind, how), bias, mask, pair)
 
 
 def fused_forward(
@@ -124,18 +140,19 @@ def fused_forward(
     without dropout. The gradient of lora_B is what needs s.
     """
     begun = _begin(x, weight, lora_A.shape[1], routing, bias)
-    few, mask = begun[0] in FEW, None
+    few, mask, pair = begun[0] in FEW, None, None
     if need_s or not few or dropout_threshold(dropout_p) > 0:  # backward wants s as one tensor
-        s, mask = lora_multi_shrink(
-            x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed, early=few
-        )
+        s, mask, pair = lora_multi_shrink(
+            x, lora_A, scaling, ranks, _blocks(routing), MULTI_BLOCK_M, dropout_p, seed,
+            early=few, tile_slots=_slots_of_pairs(x, lora_A, routing, begun),
+        )  # fmt: skip
         s = s[None]
     elif multi_reads_rows(len(x)):
         s = lora_multi_shrink_rows(x, lora_A, scaling, ranks, _rows(routing), early=True)
     else:
         blocks = _blocks(routing, FEW_BLOCK_M)
         s = lora_multi_shrink_blocks(x, lora_A, scaling, ranks, blocks, early=True)
-    y = _finish(x, weight, s, lora_B, ranks, routing, begun, bias)
+    y = _finish(x, weight, s, lora_B, ranks, routing, begun, bias, pair=pair)
     return y, s[0] if need_s else None, mask
 
 
@@ -169,12 +186,14 @@ def fused_backward(
     if need_x:
         begun = _begin(dy, turned, lora_A.shape[1], routing, masked=mask is not None)
     if need_x or need_a:
-        ds, _ = lora_multi_shrink(
+        ds, _, pair = lora_multi_shrink(
             dy, lora_B.transpose(1, 2), scaling, ranks, _blocks(routing), MULTI_BLOCK_M,
             factor=keep_scale(dropout_p), early=begun is not None and begun[0] in FEW,
+            tile_slots=_slots_of_pairs(dy, lora_A, routing, begun) if mask is None else None,
         )  # fmt: skip
-    if begun is not None and ds is not None:
-        dx = _finish(dy, turned, ds[None], lora_A.transpose(1, 2), ranks, routing, begun, mask=mask)
+        if begun is not None:
+            up = lora_A.transpose(1, 2)
+            dx = _finish(dy, turned, ds[None], up, ranks, routing, begun, mask=mask, pair=pair)
     if need_a and ds is not None:
         da = lora_multi_grad(
             x,

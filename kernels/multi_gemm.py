@@ -248,6 +248,7 @@ def lora_multi_gemm(
     tiles: tuple[str, LaunchConfig],
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    pair: Tensor | None = None,
 ) -> Tensor:
     """``y = x W^T + bias + mask * (s B[l]^T)`` in the dtype of x, contiguous; l is each row's adapter.
 
@@ -264,13 +265,14 @@ def lora_multi_gemm(
         tiles (tuple): of `multi_gemm_tiles`.
         bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
         mask (Tensor | None): packed keep mask ``[M, ceil(N / 8)]``. Default: ``None``.
+        pair (Tensor | None): as `lora_multi_gemm_ring` takes it. Default: ``None``.
 
     Returns:
         Tensor: ``[M, N]``.
     """
     (kind, c), (ids, slots, *_) = tiles, routing
     if kind == "tma" and mask is None:
-        made = lora_multi_gemm_ring(x, weight, s, lora_B, ranks, routing, c, bias)
+        made = lora_multi_gemm_ring(x, weight, s, lora_B, ranks, routing, c, bias, pair)
         if made is not None:
             return made
     launch = _plan(

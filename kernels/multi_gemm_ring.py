@@ -34,17 +34,26 @@ from .multi_slots import add_slot_products
 
 
 @triton.jit
-def _shared_adapter(slots_ptr, ranks_ptr, tile_m, here, R, width):
-    """Whether a tile's rows have one adapter, or none, that TMA can read; its slot and rank, or 0 and 0.
+def _slot(slots_ptr, ranks_ptr, tile_m, place, here, R, width):
+    """The slot at a place of a tile's list, and its rank: -1 and 0 where there is none."""
+    slot = tl.load(
+        slots_ptr + tile_m.to(tl.int64) * width + place, mask=here & (place < width), other=-1
+    )
+    rank = tl.where(slot >= 0, rank_of(ranks_ptr, tl.maximum(slot, 0), R), 0)
+    return slot, rank
+
+
+@triton.jit
+def _adapters_of_tile(slots_ptr, ranks_ptr, tile_m, here, R, width, MOST: tl.constexpr):
+    """How many adapters a tile's rows have, one at least: up to MOST, 1 or 2, that TMA can read, or 0.
 
     TMA begins at multiples of 16 bytes, and what it reads past a rank could not be masked.
     """
-    slots = slots_ptr + tile_m.to(tl.int64) * width
-    slot = tl.load(slots, mask=here, other=-1)
-    second = tl.load(slots + 1, mask=here & (width > 1), other=-1)
-    held = tl.maximum(slot, 0)
-    rank = tl.where(slot >= 0, rank_of(ranks_ptr, held, R), 0)
-    return here & (second < 0) & (rank % 8 == 0), held, rank
+    _, rank = _slot(slots_ptr, ranks_ptr, tile_m, 0, here, R, width)
+    second, second_rank = _slot(slots_ptr, ranks_ptr, tile_m, 1, here, R, width)
+    after, _ = _slot(slots_ptr, ranks_ptr, tile_m, MOST, here, R, width)
+    fits = here & (after < 0) & (rank % 8 == 0) & (second_rank % 8 == 0)
+    return tl.where(fits, 1 + (second >= 0).to(tl.int32), 0)
 
 
 @triton.jit
@@ -59,11 +68,11 @@ def _load_right(
 
 
 @triton.jit
-def _tiles_of_one_adapter(
+def _tiles_with(
     slots_ptr, ranks_ptr, first, programs, tiles_m, tiles_n, R, width,
-    GROUP_M: tl.constexpr, CHUNK: tl.constexpr,
+    COUNT: tl.constexpr, MOST: tl.constexpr, GROUP_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Which of a program's next CHUNK tiles have a single adapter, four bits a number, and how many.
+    """Which of a program's next CHUNK tiles have COUNT adapters, four bits a number, and how many.
 
     A number, since a flattened loop that finds them as it goes would carry a variable, and not be pipelined.
     """
@@ -71,10 +80,57 @@ def _tiles_of_one_adapter(
     tile = first + offs * programs
     here = tile < tiles_m * tiles_n
     tile_m, _ = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-    alike, _, _ = _shared_adapter(slots_ptr, ranks_ptr, tile_m, here, R, width)  # [CHUNK]
-    at = tl.cumsum(alike.to(tl.int32), 0) - 1
-    numbers = tl.sum(tl.where(alike, offs.to(tl.int64) << (4 * at), 0), axis=0)
-    return numbers, tl.sum(alike.to(tl.int32), axis=0)
+    adapters = _adapters_of_tile(slots_ptr, ranks_ptr, tile_m, here, R, width, MOST)  # [CHUNK]
+    found = adapters == COUNT
+    at = tl.cumsum(found.to(tl.int32), 0) - 1
+    numbers = tl.sum(tl.where(found, offs.to(tl.int64) << (4 * at), 0), axis=0)
+    return numbers, tl.sum(found.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _make_tiles_with(
+    x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr, slots_ptr, ranks_ptr,
+    M, N, K, R, width, tiles_m, tiles_n, tiles, wait_at,
+    COUNT: tl.constexpr, MOST: tl.constexpr,
+    W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """The tiles with COUNT adapters, by a flattened loop whose last steps are their rank products."""
+    programs = tl.num_programs(0)
+    k_steps, r_steps = tl.cdiv(K, BLOCK_K), tl.cdiv(R, BLOCK_K)
+    first = tl.program_id(0)
+    while first < tiles:
+        numbers, count = _tiles_with(
+            slots_ptr, ranks_ptr, first, programs, tiles_m, tiles_n, R, width, COUNT, MOST, GROUP_M, CHUNK
+        )  # fmt: skip
+        for i in tl.range(0, count, flatten=True):
+            tile = first + ((numbers >> (4 * i)) & 15).to(tl.int32) * programs
+            tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+            start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+            slot, rank = _slot(slots_ptr, ranks_ptr, tile_m, 0, True, R, width)
+            if COUNT == 2:
+                second, second_rank = _slot(slots_ptr, ranks_ptr, tile_m, 1, True, R, width)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for step in range(0, k_steps + COUNT * r_steps):
+                if step == wait_at:
+                    wait_for_previous_kernel(PDL)
+                if step < k_steps:
+                    left, right, row, held, start_k = x_desc, w_desc, start_m, 0, step * BLOCK_K
+                else:
+                    left, right, row, held = s_desc, b_desc, start_m, tl.maximum(slot, 0)
+                    start_k = rank - (step - k_steps + 1) * BLOCK_K
+                    if COUNT == 2:  # noqa: SIM102 - decided when compiling
+                        if step >= k_steps + r_steps:
+                            row, held = start_m + M, second
+                            start_k = second_rank - (step - k_steps - r_steps + 1) * BLOCK_K
+                a = left.load([row, start_k])  # [BLOCK_M, BLOCK_K]
+                b = _load_right(right, held, start_k, start_n, N, W_IS_NK, BLOCK_K, BLOCK_N)
+                acc = dot(a, b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if HAS_BIAS:
+                acc = add_bias(acc, bias_ptr, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), N)
+            store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
+        first += programs * CHUNK
 
 
 @triton.jit
@@ -99,7 +155,7 @@ def _lora_multi_gemm_ring_kernel(
     W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr, K_VECTOR: tl.constexpr,
-    CHUNK: tl.constexpr, MIXED_STAGES: tl.constexpr, GATHER_ABOVE: tl.constexpr,
+    CHUNK: tl.constexpr, MIXED_STAGES: tl.constexpr, MOST: tl.constexpr, GATHER_ABOVE: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """``y = [x s] [W B[id]]^T + bias`` by TMA. Grid: persistent, one program an SM.
@@ -107,13 +163,20 @@ def _lora_multi_gemm_ring_kernel(
     Tiles whose rows share an adapter go through a flattened loop, as in `_lora_forward_tma_kernel`, with the
     rank product as last steps. The last of these ends where the adapter's rank does, and begins in front of
     the first column, where TMA reads zeros: what is past a rank is not read, and a tile without an adapter
-    adds zeros. The other tiles follow, each with a pipeline of its own. Both loops in the body of a third,
-    ptxas would wait for every wgmma. Tables are read before the kernel that makes s is waited for.
+    adds zeros. Tiles of two adapters, if MOST is 2, go through another: ``s_desc`` has s twice then, where
+    the first M rows are zeros but for the first adapter of their tile, and the others but for the second.
+    The other tiles follow, each with a pipeline of its own. Both loops in the body of a third, ptxas would
+    wait for every wgmma. Tables are read before the kernel that makes s is waited for.
 
     Where most tiles have more than GATHER_ABOVE adapters, all are made of sorted rows instead, which have
     few: rows of x are gathered by pointers, and those of y scattered.
     """
-    stride_xm, stride_sm = multiple(stride_xm, 8), multiple(stride_sm, 8)
+    R, stride_xm, stride_sm = multiple(R, 8), multiple(stride_xm, 8), multiple(stride_sm, 8)
+    stride_bl = multiple(stride_bl, 8)  # as all of these are where TMA can describe s and B
+    if W_IS_NK:
+        stride_bn = multiple(stride_bn, 8)
+    else:
+        stride_br = multiple(stride_br, 8)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = tiles_m * tiles_n
     gathered = 0
@@ -121,40 +184,18 @@ def _lora_multi_gemm_ring_kernel(
         tiles, gathered = 0, tiles
     programs = tl.num_programs(0)
     k_steps = tl.cdiv(K, BLOCK_K)
-    steps = k_steps + tl.cdiv(R, BLOCK_K)
     wait_at = late_wait_step(k_steps)
     if wait_at == 0:
         wait_for_previous_kernel(PDL)
-    first = tl.program_id(0)
-    while first < tiles:
-        numbers, count = _tiles_of_one_adapter(
-            slots_ptr, ranks_ptr, first, programs, tiles_m, tiles_n, R, width, GROUP_M, CHUNK
-        )
-        for i in tl.range(0, count, flatten=True):
-            tile = first + ((numbers >> (4 * i)) & 15).to(tl.int32) * programs
-            tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-            start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
-            _, slot, rank = _shared_adapter(slots_ptr, ranks_ptr, tile_m, True, R, width)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for step in range(0, steps):
-                if step == wait_at:
-                    wait_for_previous_kernel(PDL)
-                if step < k_steps:
-                    left, right, held, start_k = x_desc, w_desc, 0, step * BLOCK_K
-                else:
-                    left, right, held = s_desc, b_desc, slot
-                    start_k = rank - (step - k_steps + 1) * BLOCK_K
-                a = left.load([start_m, start_k])  # [BLOCK_M, BLOCK_K]
-                b = _load_right(right, held, start_k, start_n, N, W_IS_NK, BLOCK_K, BLOCK_N)
-                acc = dot(a, b, acc, PRECISION)  # [BLOCK_M, BLOCK_N]
-            if HAS_BIAS:
-                acc = add_bias(acc, bias_ptr, start_n.to(tl.int64) + tl.arange(0, BLOCK_N), N)
-            store_tile(y_desc, acc, start_m, start_n, BLOCK_M, BLOCK_N, SUBTILES)
-        first += programs * CHUNK
+    for COUNT in tl.static_range(1, MOST + 1):
+        _make_tiles_with(
+            x_desc, w_desc, s_desc, b_desc, y_desc, bias_ptr, slots_ptr, ranks_ptr,
+            M, N, K, R, width, tiles_m, tiles_n, tiles, wait_at, COUNT, MOST,
+            W_IS_NK, HAS_BIAS, PRECISION, PDL, BLOCK_M, BLOCK_N, BLOCK_K, CHUNK, GROUP_M, SUBTILES,
+        )  # fmt: skip
     for tile in range(tl.program_id(0), tiles, programs):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-        alike, _, _ = _shared_adapter(slots_ptr, ranks_ptr, tile_m, True, R, width)
-        if not alike:
+        if _adapters_of_tile(slots_ptr, ranks_ptr, tile_m, True, R, width, MOST) == 0:
             start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
             offs_n = start_n.to(tl.int64) + tl.arange(0, BLOCK_N)
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -219,6 +260,7 @@ def _plan(
     has_bias: bool,
     is_aligned: bool,
     precision: str,
+    most: int,
 ) -> Launch | None:
     """The launch, or ``None`` where TMA cannot describe s or lora_B as they are."""
     (M, K), (L, N, R), itemsize = shape, b_shape, dtype.itemsize
@@ -245,7 +287,7 @@ def _plan(
         boxes=boxes, W_IS_NK=nk, HAS_BIAS=has_bias, PRECISION=precision, PDL=pdl, launch_pdl=pdl,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K,
         WIDTH=next_power_of_2(width), BLOCK_R=block_r, K_VECTOR=vector(K), CHUNK=MULTI_RING_CHUNK,
-        MIXED_STAGES=mixed_stages, GATHER_ABOVE=MULTI_GATHER_ABOVE,
+        MIXED_STAGES=mixed_stages, MOST=most, GATHER_ABOVE=MULTI_GATHER_ABOVE,
         SLOTS=slots_at_once(width, block_r, itemsize, itemsize),
         GROUP_M=c.GROUP_M, SUBTILES=c.SUBTILES, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -260,6 +302,7 @@ def lora_multi_gemm_ring(
     routing: tuple[Tensor, ...],
     c: LaunchConfig,
     bias: Tensor | None = None,
+    pair: Tensor | None = None,
 ) -> Tensor | None:
     """`lora_multi_gemm` without a mask, of tensors that fit TMA.
 
@@ -273,6 +316,8 @@ def lora_multi_gemm_ring(
             of sorted rows, complete before the kernel that makes s began.
         c (LaunchConfig): of `multi_gemm_tiles`.
         bias (Tensor | None): ``[N]`` contiguous. Default: ``None``.
+        pair (Tensor | None): s for tiles of two adapters, ``[2 M, R]``, as `lora_multi_shrink` gives it.
+            Default: ``None``.
 
     Returns:
         Tensor | None: ``[M, N]``; ``None`` where the kernel cannot take these tensors.
@@ -281,7 +326,7 @@ def lora_multi_gemm_ring(
     launch = _plan(
         c, x.shape, x.stride(), x.dtype, weight.stride(), lora_B.shape, lora_B.stride(), lora_B.dtype,
         s.stride(), x.device, slots.shape[1], bias is not None, aligned(s, lora_B),
-        dot_precision(x.dtype, x.shape[1]),
+        dot_precision(x.dtype, x.shape[1]), 1 if pair is None else 2,
     )  # fmt: skip
     if launch is None:
         return None
@@ -290,5 +335,6 @@ def lora_multi_gemm_ring(
         w, b = weight, lora_B.flatten(0, 1)  # [N, K], [L N, R]
     else:
         w, b = weight.t().unsqueeze(0), lora_B.transpose(1, 2)  # [1, K, N], [L, R, N]
-    launch(x, w, s, b, y, x, y, s, lora_B, bias, ids, slots, order, sorted_slots, ranks)
+    by_tma = s if pair is None else pair
+    launch(x, w, by_tma, b, y, x, y, s, lora_B, bias, ids, slots, order, sorted_slots, ranks)
     return y

@@ -20,18 +20,39 @@ from .common import (
     wait_for_previous_kernel,
 )
 from .config import cdiv, dropout_threshold, keep_scale
-from .config_multi import multi_shrink_config
+from .config_multi import MULTI_SORTED_TILE, multi_shrink_config
 from .dropout import draw_words, pack_bits, where_kept
 from .launch import Launch, cached_plan
 
 
 @triton.jit
+def _store_pair(
+    pair_ptr, slots_ptr, s, slot, here, offs_m, offs_r, M, R, width, stride_sm, TILE: tl.constexpr
+):
+    """Store s of rows whose adapter is in ``slot``, at the first or the second place of their tile's list.
+
+    It goes to the same of the two parts of ``pair``, and zeros to the other: to all ranks, for the other
+    adapter of the tile may have more.
+    """
+    second = tl.load(
+        slots_ptr + offs_m // TILE * width + 1, mask=here & (width > 1), other=-1
+    )  # [BLOCK_M]
+    for part in tl.static_range(2):
+        mine = ((second == slot) & (slot >= 0)) == (part == 1)
+        tl.store(
+            pair_ptr + (part * M + offs_m)[:, None] * stride_sm + offs_r[None, :],
+            tl.where(mine[:, None], s, 0.0).to(pair_ptr.dtype.element_ty),
+            mask=here[:, None] & (offs_r[None, :] < R),
+        )
+
+
+@triton.jit
 def _lora_multi_shrink_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, order_ptr, sorted_ids_ptr, starts_ptr, scaling_ptr, ranks_ptr,
-    seed_ptr, threshold, factor, M, K, R,
+    seed_ptr, slots_ptr, pair_ptr, threshold, factor, M, K, R, width,
     stride_xm, stride_xk, stride_al, stride_ar, stride_ak, stride_sm,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``s[m, r] = factor * scaling[l] * sum_k keep[m, k] x[m, k] A[l, r, k]``.
@@ -39,7 +60,8 @@ def _lora_multi_shrink_kernel(
     Grid: ``(blocks of rows, blocks of ranks)``. A program gathers at most BLOCK_M rows that share adapter
     l; blocks that are not used, and ranks past the adapter's own, end at once. As many rows without an
     adapter, which come first in the order, get zeros from it: s has to be whole where the product reads it
-    tile by tile.
+    tile by tile. With ``pair_ptr``, which takes one block of ranks, s is written there for tiles of two
+    adapters, too.
     """
     if EARLY:  # the next kernel reads what the one before this makes, without waiting for it
         wait_for_previous_kernel(PDL)
@@ -55,6 +77,11 @@ def _lora_multi_shrink_kernel(
             tl.zeros((BLOCK_M, BLOCK_R), dtype=s_ptr.dtype.element_ty),
             mask=(position < bare)[:, None] & (offs_r[None, :] < R),
         )
+        if pair_ptr is not None:
+            _store_pair(
+                pair_ptr, slots_ptr, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), -1, position < bare,
+                offs_m, offs_r, M, R, width, stride_sm, TILE,
+            )  # fmt: skip
     if start < M:
         slot = tl.load(sorted_ids_ptr + start).to(tl.int64)
         rank = rank_of(ranks_ptr, slot, R)
@@ -98,6 +125,16 @@ def _lora_multi_shrink_kernel(
                 acc.to(s_ptr.dtype.element_ty),
                 mask=here[:, None] & (offs_r[None, :] < near),
             )
+            if pair_ptr is not None:
+                _store_pair(
+                    pair_ptr, slots_ptr, acc, slot, here, offs_m, offs_r, M, R, width, stride_sm, TILE
+                )  # fmt: skip
+        elif pair_ptr is not None:  # an adapter without ranks beside another one
+            here, offs_m = block_of_rows(order_ptr, sorted_ids_ptr, start, slot, M, BLOCK_M)
+            _store_pair(
+                pair_ptr, slots_ptr, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), slot, here,
+                offs_m, tl.arange(0, BLOCK_R), M, R, width, stride_sm, TILE,
+            )  # fmt: skip
 
 
 @cached_plan
@@ -113,15 +150,17 @@ def _plan(
     has_dropout: bool,
     precision: str,
     early: bool,
+    width: int,
 ) -> Launch:
     (M, K), R = shape, a_shape[1]
     c = multi_shrink_config(dtype.itemsize, R, precision, block_m, has_dropout)
     pdl = has_pdl(device)
     return Launch(
         _lora_multi_shrink_kernel, (blocks, cdiv(R, c.BLOCK_N)), device,
-        M, K, R, *strides(shape, stride), *strides(a_shape, a_stride), padded_columns(R, dtype.itemsize),
+        M, K, R, width, *strides(shape, stride), *strides(a_shape, a_stride),
+        padded_columns(R, dtype.itemsize),
         HAS_DROPOUT=has_dropout, PRECISION=precision,
-        PDL=pdl, EARLY=early, launch_pdl=pdl and early,
+        PDL=pdl, EARLY=early, launch_pdl=pdl and early, TILE=MULTI_SORTED_TILE,
         BLOCK_M=block_m, BLOCK_K=c.BLOCK_K, BLOCK_R=c.BLOCK_N,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -138,7 +177,8 @@ def lora_multi_shrink(
     seed: Tensor | None = None,
     factor: float = 1.0,
     early: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    tile_slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``s = factor * scaling[l] * dropout(x) A[l]^T`` row by row, and the packed keep mask.
 
     Args:
@@ -153,11 +193,15 @@ def lora_multi_shrink(
         factor (float): one more factor, applied in fp32. Default: 1.0.
         early (bool): come onto the GPU while the kernel before still runs: for calls so short that a launch
             counts. Default: ``False``.
+        tile_slots (Tensor | None): the slots of tiles of `MULTI_SORTED_TILE` rows, if s is wanted for tiles
+            of two adapters too; R is at most 64 then. Default: ``None``.
 
     Returns:
         tuple: s ``[M, R]`` in the dtype of x with rows padded to 16 bytes, zeros in rows without an adapter;
-        and the mask as `lora_shrink` gives it. Mask bits of such rows, and s past a row's rank rounded up
-        to 8, are left unwritten: no consumer reads them.
+        the mask as `lora_shrink` gives it; and, with ``tile_slots``, s twice, ``[2 M, R]``: rows of the first
+        part are zeros but for the first adapter of their tile, rows of the second but for its second one.
+        Mask bits of rows without an adapter, and s past a row's rank rounded up to 8, are left unwritten: no
+        consumer reads them.
     """
     (M, K), R = x.shape, lora_A.shape[1]
     order, sorted_ids, starts = routing
@@ -165,11 +209,13 @@ def lora_multi_shrink(
     launch = _plan(
         x.shape, x.stride(), x.dtype, lora_A.shape, lora_A.stride(), x.device,
         starts.shape[0], block_m, has_dropout, dot_precision(x.dtype), early,
+        0 if tile_slots is None else tile_slots.shape[1],
     )  # fmt: skip
     s = empty_rows(M, R, x.dtype, x.device)
     mask = torch.empty((M, cdiv(K, 8)), dtype=torch.uint8, device=x.device) if has_dropout else None
+    pair = None if tile_slots is None else empty_rows(2 * M, R, x.dtype, x.device)
     launch(
-        x, lora_A, s, mask, order, sorted_ids, starts, scaling, ranks, seed,
+        x, lora_A, s, mask, order, sorted_ids, starts, scaling, ranks, seed, tile_slots, pair,
         dropout_threshold(dropout_p), keep_scale(dropout_p) * factor,
     )  # fmt: skip
-    return s, mask
+    return s, mask, pair

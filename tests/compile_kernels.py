@@ -210,6 +210,9 @@ def multi_launches(
         p, seed = 0.1, new((), dtype=torch.int64)
         mask = new((M, (K + 7) // 8), dtype=torch.uint8)
     gemm = modules["multi_gemm"]
+    slots_of_tiles = None
+    if modules["config_multi"].makes_pairs(R, stack_a.element_size()):
+        slots_of_tiles = new((-(-M // 128), slots), dtype=torch.int32)
 
     def product(x: Tensor, weight: Tensor, right: Tensor, **options: Any) -> None:
         plan = gemm.multi_gemm_tiles(x, weight, R, case.dropout > 0)
@@ -230,11 +233,16 @@ def multi_launches(
         width = min(slots, plan[1].BLOCK_M)
         tiles = new((-(-M // plan[1].BLOCK_M), width), dtype=torch.int32)
         routing = (ids, tiles, ids, tiles)
+        if (
+            modules["config_multi"].makes_pairs(R, right.element_size())
+            and options.get("mask") is None
+        ):
+            options["pair"] = new((2 * M, R), dtype=dtype)
         gemm.lora_multi_gemm(x, weight, s, right, ranks, routing, plan, **options)
 
     return {
         "multi_shrink": lambda: modules["multi_shrink"].lora_multi_shrink(
-            x, stack_a, scaling, ranks, rows, 16, p, seed
+            x, stack_a, scaling, ranks, rows, 16, p, seed, tile_slots=slots_of_tiles
         ),
         "multi_shrink_rows": lambda: modules["multi_shrink_rows"].lora_multi_shrink_rows(
             x, stack_a, scaling, ranks, rows[:2], early=True

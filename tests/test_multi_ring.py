@@ -9,7 +9,7 @@ from kernel_checks import assert_rounded, randn
 import fastlora
 from fastlora.autograd_multi import _tiles
 from fastlora.kernels import multi_gemm, multi_gemm_ring
-from fastlora.kernels.config_multi import MULTI_BLOCK_M
+from fastlora.kernels.config_multi import MULTI_BLOCK_M, makes_pairs
 from fastlora.kernels.multi_shrink import lora_multi_shrink
 
 HAS_CUDA = torch.cuda.is_available()
@@ -62,14 +62,24 @@ def check(device, dtype, M, K, N, R, L, ids, ranks=None, bias=False, backward=Fa
     tiles = multi_gemm.multi_gemm_tiles(x, weight, R)
     assert tiles[0] == "tma"
     blocks = (routing.order, routing.sorted_ids, routing.block_starts(MULTI_BLOCK_M))
-    s, _ = lora_multi_shrink(x, a, scaling, held, blocks, MULTI_BLOCK_M)
+    table = _tiles(routing, tiles[0], tiles[1].BLOCK_M)
+    s, _, none = lora_multi_shrink(x, a, scaling, held, blocks, MULTI_BLOCK_M)
+    assert none is None
     assert not s[ids < 0].any()
+    pair = None
+    if makes_pairs(R, 2):
+        again, _, pair = lora_multi_shrink(
+            x, a, scaling, held, blocks, MULTI_BLOCK_M, tile_slots=table[1]
+        )
+        check_pair(pair, s, again, ids, table[1], [R] * L if ranks is None else ranks)
 
-    def call():
-        table = _tiles(routing, tiles[0], tiles[1].BLOCK_M)
-        return multi_gemm.lora_multi_gemm(x, weight, s, b, held, table, tiles, added)
+    def call(pair=pair):
+        return multi_gemm.lora_multi_gemm(
+            x, weight, s, b, held, table, tiles, added, pair=pair
+        )  # fmt: skip
 
     y = call()
+    assert_rounded(y, call(pair=None).double(), dtype)
     expected = x.double() @ weight.double().t()
     for slot in range(L):
         rows, r = ids == slot, R if ranks is None else ranks[slot]
@@ -77,6 +87,18 @@ def check(device, dtype, M, K, N, R, L, ids, ranks=None, bias=False, backward=Fa
     expected = expected if added is None else expected + added.double()
     assert_rounded(y, expected, dtype)
     assert torch.equal(y, call())
+
+
+def check_pair(pair, s, again, ids, slots, ranks):
+    """s of each row at its adapter's place of the two first in the tile's list, and zeros elsewhere."""
+    for row, slot in enumerate(ids.tolist()):
+        r, listed = max(ranks[slot], 0) if slot >= 0 else 0, slots[row // 128].tolist()
+        second = slot >= 0 and len(listed) > 1 and listed[1] == slot
+        mine, other = pair[row + second * len(s)], pair[row + (not second) * len(s)]
+        assert torch.equal(again[row, :r], s[row, :r])
+        assert torch.equal(mine[:r], s[row, :r])
+        assert not mine[r:].any()
+        assert not other.any()
 
 
 def in_blocks(M, L, rows):
@@ -188,7 +210,7 @@ def test_more_tiles_than_a_program_finds_at_once(device, backward):
 def test_one_slot(device, rings):
     check(device, F16, 390, 72, 264, 16, 1, torch.arange(390) % 2 - 1)
     check(device, F16, 390, 72, 264, 16, 1, torch.zeros(390, dtype=torch.int64), [5])
-    assert rings == [True] * 4
+    assert rings == [True] * 6
 
 
 @pytest.mark.parametrize("backward", [False, True])
