@@ -229,7 +229,9 @@ def serve(results: Results) -> str:
 
 
 def serve_graph(results: Results) -> str:
-    return serve_rows(results, serve_cases("table", "cold", "random", "base", "slots"), GRAPH)
+    return serve_rows(
+        results, serve_cases("table", "cold", "requests", "random", "base", "slots"), GRAPH
+    )
 
 
 def serve_eager(results: Results) -> str:

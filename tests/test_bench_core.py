@@ -349,6 +349,11 @@ def test_ids_of_serving_rows_follow_the_layout() -> None:
     assert adapter_ids(ServeCase("t", 12, 3, 2, 8, 16, slots=300), 300, 0)[:3] == [0, 100, 200]
     blocks = adapter_ids(ServeCase("t", 12, 3, 2, 8, 16, layout="blocks"), 3, 0)
     assert [slot for slot, _ in itertools.groupby(blocks)] == [0, 1, 2]
+    runs = adapter_ids(ServeCase("t", 90, 5, 2, 8, 16, layout="requests"), 10, 0)
+    lengths = {slot: len(list(rows)) for slot, rows in itertools.groupby(runs)}
+    assert list(lengths) == [0, 2, 4, 6, 8]
+    assert sum(lengths.values()) == 90
+    assert len(set(lengths.values())) > 1
     assert adapter_ids(ServeCase("t", 4, 1, 2, 8, 16, layout="base"), 8, 0) == [-1] * 4
     drawn = adapter_ids(ServeCase("t", 200, 5, 2, 8, 16, layout="random"), 5, 0)
     assert set(drawn) == set(range(5))

@@ -105,8 +105,8 @@ class ServeCase:
     K: int
     N: int
     layout: str = "mixed"
-    """``"mixed"``: row m uses adapter m mod live; ``"blocks"``: equal runs of rows; ``"random"``; ``"base"``:
-    none."""
+    """``"mixed"``: row m uses adapter m mod live; ``"blocks"``: equal runs of rows; ``"requests"``: unequal
+    ones, and the stack has a table of ranks, as a bank's has; ``"random"``; ``"base"``: none."""
     slots: int = 0
     """Slots of the stacks, ``live`` when 0."""
     cold: bool = False
@@ -134,6 +134,7 @@ class ServeCase:
         users = {
             "base": "no adapter",
             "blocks": f"{self.live} adapters{slots} in blocks",
+            "requests": f"{self.live} adapters{slots} in runs of unequal length",
             "random": f"{self.live} adapters{slots} at random",
             "mixed": f"{self.live} adapters{slots}",
         }[self.layout]
@@ -271,7 +272,11 @@ def _serve_cases() -> list[ServeCase]:
     blocks = [ServeCase("table", 8192, 32, 16, 4096, N, layout="blocks") for N in (4096, 14336)]
     cases = [ServeCase("table", *sizes) for sizes in SERVE_TABLE] + blocks
     cases += [ServeCase("cold", *sizes, cold=True) for sizes in SERVE_TABLE]
-    cases += [ServeCase("random", 8192, 32, 16, 4096, N, layout="random") for N in (4096, 14336)]
+    cases += [
+        ServeCase(layout, 8192, 32, 16, 4096, N, layout=layout)
+        for layout in ("requests", "random")
+        for N in (4096, 14336)
+    ]
     cases += [
         ServeCase("base", M, 1, 16, 4096, 4096, layout="base", slots=64)
         for M in (16, 64, 256, 8192)

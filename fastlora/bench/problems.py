@@ -125,6 +125,13 @@ class ServeProblem:
         return self.sets[0].x.dtype
 
     @cached_property
+    def ranks(self) -> Tensor | None:
+        """The rank of each slot, where the stack has a table of them."""
+        if self.case.layout != "requests":
+            return None
+        return torch.full((self.slots,), self.case.R, dtype=torch.int32, device=self.device)
+
+    @cached_property
     def routing(self) -> fastlora.Routing:
         """The rows sorted by adapter: made once a step, shared by all layers."""
         return fastlora.route(self.ids, self.slots)
@@ -146,8 +153,11 @@ def adapter_ids(case: ServeCase, slots: int, seed: int) -> list[int]:
     live = [index * slots // case.live for index in range(case.live)]
     if case.layout == "blocks":
         return [live[row * case.live // case.M] for row in range(case.M)]
+    generator = torch.Generator().manual_seed(seed)
+    if case.layout == "requests":
+        ends = torch.randperm(case.M - 1, generator=generator)[: case.live - 1].sort().values + 1
+        return [live[int(run)] for run in torch.bucketize(torch.arange(case.M), ends, right=True)]
     if case.layout == "random":
-        generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(case.live, (case.M,), generator=generator).tolist()
         return [live[index] for index in drawn]
     return [slot for slot, _ in zip(itertools.cycle(live), range(case.M), strict=False)]

@@ -15,7 +15,9 @@ from fastlora.bench.registry import ServeProvider, accelerate, missing, no_accel
 
 
 def _stack(problem: ServeProblem, inputs: ServeSet) -> fastlora.AdapterStack:
-    return fastlora.AdapterStack(inputs.lora_A, inputs.lora_B, scaling=problem.scaling)
+    return fastlora.AdapterStack(
+        inputs.lora_A, inputs.lora_B, scaling=problem.scaling, ranks=problem.ranks
+    )
 
 
 @register
