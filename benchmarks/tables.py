@@ -346,11 +346,10 @@ SUITE_TABLES: dict[str, dict[str, Callable[[Results], str]]] = {
               "memory": memory, "host": host, "train-worst": worst, "train-run": machine},
     # The other cases, where they were measured on other sources than the table.
     "sweep": {"sweep": sweep, "sweep-worst": worst, "sweep-run": machine},
+    "train-rest": {"rest": sweep, "rest-run": machine},
     "serve": {"serve": serve, "serve-graph": serve_graph, "serve-eager": serve_eager,
               "mixed-training": mixed_training,
               "serve-worst": worst, "serve-run": machine},
-    # Measured on other sources than the rest of the suite serve.
-    "mixed-training": {"mixed-training": mixed_training, "mixed-training-run": machine},
     "model": {
         "model": functools.partial(model, kind="finetune"), "model-run": machine,
         "decoder-layer": functools.partial(model, kind="layer"),
