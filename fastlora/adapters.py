@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora.device_numbers import constants
 from fastlora.routing_ops import (
     TABLES,
     all_tables,
@@ -301,10 +301,3 @@ def padded_stacks(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
         torch.stack([F.pad(a, (0, 0, 0, R - len(a))) if len(a) < R else a for a, _ in pairs]),
         torch.stack([F.pad(b, (0, R - b.shape[1])) if b.shape[1] < R else b for _, b in pairs]),
     )
-
-
-@functools.lru_cache(maxsize=256)
-def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device: copied there once, not at every step."""
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        return torch.tensor(values, dtype=dtype, device=device)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from fastlora import reference
 from fastlora.adapters import AdapterStack, Routing, route
+from fastlora.device_numbers import filled
 from fastlora.dispatch import HAS_TRITON, problem_for
 from fastlora.functional import autocast_linear, check_dropout, check_tensors, may_be_replayed
 
@@ -96,7 +95,7 @@ def lora_linear_multi(
     elif compiling:  # as `lora_linear`: a number alone would be a constant of the graph
         scaling = scaling * torch.ones(L, dtype=torch.float32, device=x.device)
     else:
-        scaling = _filled(float(scaling), L, x.device)
+        scaling = filled(float(scaling), L, x.device)
     arguments = (
         rows, weight, None if bias is None else bias.contiguous(), lora_A, lora_B, scaling, ranks,
         seed, dropout_p, lora_B.requires_grad and torch.is_grad_enabled(),
@@ -133,7 +132,7 @@ def _replayed(
     if dropout_p and seed is None:
         return None
     if type(scaling) is float:
-        scaling = _filled(scaling, len(lora_A), x.device)
+        scaling = filled(scaling, len(lora_A), x.device)
     elif not isinstance(scaling, Tensor) or scaling.dtype != torch.float32:
         return None
     kinds, tables = adapter_ids.made()
@@ -146,12 +145,6 @@ def _replayed(
         learn,
     )  # fmt: skip
     return None if made is None else made[0]
-
-
-@functools.lru_cache(maxsize=64)
-def _filled(value: float, size: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-        return torch.full((size,), value, dtype=torch.float32, device=device)
 
 
 def _stack_of(adapters: object) -> AdapterStack:

@@ -11,10 +11,10 @@ from torch import Tensor
 from fastlora.adapters import (
     AdapterStack,
     Routing,
-    constants,
     padded_stacks,
     route,
 )
+from fastlora.device_numbers import constants
 from fastlora.routing_ops import NO_ADAPTER
 
 
@@ -82,7 +82,7 @@ def _scalings(adapters: list[Adapter]) -> Tensor:
         for s in (adapter.scaling for adapter in adapters)
     ]
     if not any(isinstance(s, Tensor) for s in numbers):
-        return constants(tuple(numbers), torch.float32, device)
+        return constants(tuple(map(float, numbers)), torch.float32, device)
     return torch.stack(
         [
             s.float() if isinstance(s, Tensor) else constants((s,), torch.float32, device)[0]
