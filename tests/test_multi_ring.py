@@ -199,6 +199,15 @@ def test_the_stale_rest_of_a_slot(device, rings, R, route, backward):
     assert all(rings) and rings
 
 
+@pytest.mark.parametrize("route", ["all", "random"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_equal_ranks_below_what_a_slot_can_hold(device, rings, route, backward):
+    """No slot's own rank is read then, and what is past it neither."""
+    ids = ROUTES[route](770, 5)
+    check(device, F16, 770, 72, 264, 24, 5, ids, [8] * 5, backward=backward)
+    assert all(rings) and rings
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_more_tiles_than_a_program_finds_at_once(device, backward):
     M, L = 128 * (150 if HAS_CUDA else 5), 3
